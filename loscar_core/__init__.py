@@ -1,0 +1,6 @@
+"""The algorithm and both halves of the protocol, as pure state machines.
+
+This package imports NumPy and nothing else: no sockets, threads, clocks or torch. Everything here takes
+events and the time as arguments and returns effects, so the same code runs under gRPC, under a virtual
+clock, and in tests that enumerate bad schedules.
+"""
