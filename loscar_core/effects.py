@@ -1,0 +1,95 @@
+"""What the state machines ask their surroundings to do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from loscar_core.errors import LoscarError
+from loscar_core.messages import Goodbye, ServerMessage
+from loscar_core.plan import RoundPlan
+from loscar_core.server_members import Departure
+from loscar_core.state import Position
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Queue one message for these streams; encode it once."""
+
+    peers: tuple[int, ...]
+    message: ServerMessage
+
+
+@dataclass(frozen=True, slots=True)
+class Close:
+    """End a stream after what is queued for it: with an error's status, or politely."""
+
+    peer: int
+    error: LoscarError | None = None
+    goodbye: Goodbye | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class MemberJoined:
+    name: str
+    slot: int
+    observer: bool
+
+
+@dataclass(frozen=True, slots=True)
+class MemberGone:
+    departure: Departure
+
+
+@dataclass(frozen=True, slots=True)
+class RunStarted:
+    """Round 1 (or the first after a recovery) is open; `elapsed_s` of run time are over."""
+
+    position: Position
+    members: int
+    elapsed_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class RoundCommitted:
+    """A round is in the consensus.
+
+    Attributes:
+        seconds: from its opening to its commit.
+        members: n.
+        included: slots whose whole contribution is in.
+        next_plan: what follows.
+    """
+
+    position: Position
+    plan: RoundPlan
+    seconds: float
+    elapsed_s: float
+    members: int
+    included: tuple[int, ...]
+    next_plan: RoundPlan
+
+
+@dataclass(frozen=True, slots=True)
+class RunFinished:
+    """No round follows; the final model can be fetched."""
+
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class SteppedDown:
+    """A later epoch exists: this process must not answer anybody any more."""
+
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """One line for the log."""
+
+    text: str
+
+
+ServerEffect = (
+    Send | Close | MemberJoined | MemberGone | RunStarted | RoundCommitted | RunFinished | SteppedDown | Notice
+)

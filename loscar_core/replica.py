@@ -1,0 +1,124 @@
+"""One copy of the run's state: the consensus on the server, the anchor in every worker.
+
+Both sides commit rounds with the same float32 operations in the same order, so the copies are equal bit for bit.
+The digest chain proves that in O(K) a round: digest_r = crc32(digest_{r−1} ‖ bytes of c[S_r] after the round ‖
+bytes of the statistics after it).
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from loscar_core.plan import History, HistoryEntry, RoundPlan
+from loscar_core.selection import SelectionKind
+from loscar_core.state import InclusionTable, Lineage, Position
+
+Floats = NDArray[np.float32]
+Indices = NDArray[np.int64]
+
+
+def checksum_of(vector: Floats, statistics: Floats) -> int:
+    """CRC-32 of a whole state's bytes: the digest before the first round."""
+    return zlib.crc32(_bytes(statistics), zlib.crc32(_bytes(vector)))
+
+
+def _bytes(values: Floats) -> memoryview:
+    # A view of no elements cannot be cast.
+    return np.ascontiguousarray(values).data.cast("B") if values.size else memoryview(b"")
+
+
+@dataclass
+class Replica:
+    """The state (position, lineage, c, inclusion table) with its digest.
+
+    Attributes:
+        vector: the parameters, d float32.
+        statistics: the statistics, float32; empty when the model has none.
+        position: rounds committed, and the epoch that closed the last of them.
+        digest: see the module.
+        lineage: which epochs closed which rounds.
+        inclusion: who is in.
+        history: the last committed rounds.
+        members: n of the last committed round.
+    """
+
+    vector: Floats
+    statistics: Floats
+    position: Position = Position()
+    digest: int = 0
+    lineage: Lineage = Lineage()
+    inclusion: InclusionTable = field(default_factory=InclusionTable)
+    history: History = field(default_factory=History)
+    members: int = 0
+
+    @classmethod
+    def initial(cls, vector: Floats, statistics: Floats) -> Replica:
+        """The state before round 1; the arrays are kept, not copied."""
+        return cls(vector, statistics, digest=checksum_of(vector, statistics))
+
+    def gather(self, plan: RoundPlan, indices: Indices, start: int, stop: int) -> Floats:
+        """The vector's values at positions [start, stop) of a selection."""
+        if plan.selection is SelectionKind.ALL:
+            return self.vector[start:stop]
+        return self.vector.take(indices[start:stop])
+
+    def commit(
+        self,
+        epoch: int,
+        plan: RoundPlan,
+        indices: Indices,
+        values: Floats,
+        statistics: Floats | None,
+        digest: int,
+        bitmaps: Sequence[bytes],
+        roster: Sequence[bytes | None],
+        members: int,
+    ) -> None:
+        """Take a whole round over.
+
+        Args:
+            epoch: the server epoch that closed it.
+            plan: its plan; `plan.round` must follow `position.round`.
+            indices: its selection, K int64 (ignored for a dense round).
+            values: the vector's new values on the selection, K float32.
+            statistics: the new statistics, or None to keep them.
+            digest: from `next_digest`.
+            bitmaps: per part, the slots in its sum.
+            roster: who held the slots.
+            members: n.
+        """
+        if plan.round != self.position.round + 1:
+            raise AssertionError(f"round {plan.round} committed on top of {self.position}")
+        if plan.selection is SelectionKind.ALL:
+            self.vector[:] = values
+        else:
+            self.vector[indices] = values
+        if statistics is not None and statistics.size:
+            self.statistics = statistics
+        self.digest = digest
+        self.position = Position(epoch, plan.round)
+        self.lineage = self.lineage.closed(self.position)
+        self.history.append(HistoryEntry(self.position, plan, digest))
+        self.inclusion.record(plan.round, bitmaps, roster)
+        self.members = members
+
+    def next_digest(self, values: Floats, statistics: Floats | None) -> int:
+        """The digest after a round that leaves `values` on its selection."""
+        digest = zlib.crc32(_bytes(values), self.digest)
+        return digest if statistics is None else zlib.crc32(_bytes(statistics), digest)
+
+    def slice_by_value(self, indices: Indices | None, start: int, stop: int) -> Floats:
+        """Values [start, stop) of (the vector on `indices`, or all of it) followed by the statistics."""
+        size = self.vector.size if indices is None else indices.size
+        pieces = []
+        if start < size:
+            end = min(stop, size)
+            pieces.append(self.vector[start:end] if indices is None else self.vector.take(indices[start:end]))
+        if stop > size:
+            pieces.append(self.statistics[max(start, size) - size : stop - size])
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)

@@ -1,0 +1,211 @@
+"""The members of a run as the server sees them: identities, slots, states, leases and deadlines.
+
+    joining ──ready──▶ active ──misses a round──▶ suspended ──ready──▶ active
+       └──────────────────┴── leaves, falls silent, is superseded ──────┴──▶ gone
+
+Only active members are waited for and counted. A member is one stream; identity is (name, incarnation), and the
+newest incarnation of a name wins at once.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import deque
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from loscar_core.config import ServerLimits
+from loscar_core.errors import RefusedError, SupersededError
+from loscar_core.messages import Hello, Reason, WorkerReport
+from loscar_core.replica import Indices
+
+DEADLINE_FLOOR_S = 10.0
+"""No member is given up on sooner, however short its cycles: a pause of a few seconds is not a failure."""
+
+CYCLE_SAMPLES = 16
+SUPERSEDED_REMEMBERED = 4096
+
+
+class MemberState(StrEnum):
+    JOINING = "joining"
+    ACTIVE = "active"
+    SUSPENDED = "suspended"
+    GONE = "gone"
+
+
+@dataclass(slots=True)
+class Stream:
+    """Consensus values on their way to a member that catches up.
+
+    Attributes:
+        indices: the coordinates, or None for all.
+        total: values in all, statistics included.
+        offset: values already handed to the transport.
+    """
+
+    indices: Indices | None
+    total: int
+    offset: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Member:
+    """One member and its stream.
+
+    Attributes:
+        peer: the transport's number for the stream.
+        hello: what it said first.
+        slot: its place in the sums; -1 for an observer.
+        state: see the module.
+        following: answers are being sent to it.
+        behind: rounds committed since its outbox was last seen empty.
+        sent_round: the last round whose commit was queued for it.
+        merged_round: the last round that it says it has merged.
+        stream: values that it is catching up with, if any.
+        heard_s, joined_s: server clock.
+        cycles_s: its last cycles: from a round's opening to its whole contribution.
+        missed: rounds that were closed without it while it was active.
+        report: its last figures.
+        round_trip_s: not known to the machine; the transport may fill it in.
+    """
+
+    peer: int
+    hello: Hello
+    slot: int
+    heard_s: float
+    joined_s: float
+    state: MemberState = MemberState.JOINING
+    following: bool = False
+    behind: int = 0
+    sent_round: int = 0
+    merged_round: int = 0
+    ready: bool = False
+    stream: Stream | None = None
+    cycles_s: deque[float] = field(default_factory=lambda: deque(maxlen=CYCLE_SAMPLES))
+    missed: int = 0
+    contributed: int = 0
+    refused: int = 0
+    local_steps: int = 0
+    overlap_steps: int = 0
+    report: WorkerReport = field(default_factory=WorkerReport)
+
+    @property
+    def name(self) -> str:
+        return self.hello.name
+
+    @property
+    def incarnation(self) -> bytes:
+        return self.hello.incarnation
+
+    @property
+    def observer(self) -> bool:
+        return self.hello.observer
+
+    def deadline_s(self, limits: ServerLimits) -> float:
+        """How long after its opening this member can hold a round up."""
+        if len(self.cycles_s) < 3:
+            return limits.round_cap_s
+        own = limits.deadline_cycles * statistics.median(self.cycles_s)
+        return min(limits.round_cap_s, max(DEADLINE_FLOOR_S, own))
+
+
+@dataclass(frozen=True, slots=True)
+class Departure:
+    """Who went, when and why; kept for status and logs."""
+
+    name: str
+    slot: int
+    reason: Reason
+    detail: str
+    at_s: float
+
+
+class MemberTable:
+    """Live members by stream, name and slot, and what is remembered of those who went."""
+
+    def __init__(self, limits: ServerLimits) -> None:
+        self._limits = limits
+        self.by_peer: dict[int, Member] = {}
+        self.departures: deque[Departure] = deque(maxlen=256)
+        self.departure_counts: dict[Reason, int] = {}
+        self._reserved: dict[int, tuple[str, float]] = {}  # slot -> (name, until)
+        self._superseded: deque[bytes] = deque(maxlen=SUPERSEDED_REMEMBERED)
+
+    def __len__(self) -> int:
+        return len(self.by_peer)
+
+    def workers(self) -> list[Member]:
+        """Members that train, by slot."""
+        return sorted((m for m in self.by_peer.values() if not m.observer), key=lambda m: m.slot)
+
+    def active(self) -> list[Member]:
+        """By slot."""
+        return [m for m in self.workers() if m.state is MemberState.ACTIVE]
+
+    def named(self, name: str) -> Member | None:
+        return next((m for m in self.by_peer.values() if m.name == name), None)
+
+    def check(self, hello: Hello) -> None:
+        """Refuse a hello that cannot become a member.
+
+        Raises:
+            SupersededError: a newer incarnation of its name was here already.
+            RefusedError: the server is full, or the wanted slot belongs to somebody else.
+        """
+        if hello.incarnation in self._superseded:
+            raise SupersededError(f"a newer worker named {hello.name!r} has taken over")
+        present = self.named(hello.name)
+        if len(self) - (present is not None) >= self._limits.max_members:
+            raise RefusedError(f"the server is full: {self._limits.max_members} members")
+        if hello.slot is not None and not hello.observer:
+            holder = self._holder(hello.slot, hello.name)
+            if holder is not None:
+                raise RefusedError(f"slot {hello.slot} belongs to {holder!r}")
+            if not 0 <= hello.slot < self._limits.max_members:
+                raise RefusedError(f"slot {hello.slot} is outside 0..{self._limits.max_members - 1}")
+
+    def _holder(self, slot: int, name: str) -> str | None:
+        for m in self.by_peer.values():
+            if m.slot == slot and m.name != name:
+                return m.name
+        reserved = self._reserved.get(slot)
+        return reserved[0] if reserved is not None and reserved[0] != name else None
+
+    def add(self, peer: int, hello: Hello, now: float) -> Member:
+        """Make a member; `check` must have passed and an older incarnation must have been removed."""
+        slot = -1
+        if not hello.observer:
+            self._expire(now)
+            slot = self._slot_for(hello)
+            self._reserved.pop(slot, None)
+        member = Member(peer, hello, slot, heard_s=now, joined_s=now)
+        self.by_peer[peer] = member
+        return member
+
+    def _slot_for(self, hello: Hello) -> int:
+        if hello.slot is not None:
+            return hello.slot
+        own = [slot for slot, (name, _) in self._reserved.items() if name == hello.name]
+        if own:
+            return min(own)
+        taken = {m.slot for m in self.by_peer.values()} | set(self._reserved)
+        return next(s for s in range(len(taken) + 1) if s not in taken)
+
+    def _expire(self, now: float) -> None:
+        for slot in [s for s, (_, until) in self._reserved.items() if until <= now]:
+            del self._reserved[slot]
+
+    def remove(self, member: Member, reason: Reason, detail: str, now: float) -> None:
+        """The member is gone; its slot stays reserved for its name for a while."""
+        del self.by_peer[member.peer]
+        member.state = MemberState.GONE
+        if reason is Reason.SUPERSEDED:
+            self._superseded.append(member.incarnation)
+        if not member.observer:
+            self._reserved[member.slot] = (member.name, now + self._limits.slot_reserve_s)
+        self.departures.append(Departure(member.name, member.slot, reason, detail, now))
+        self.departure_counts[reason] = self.departure_counts.get(reason, 0) + 1
+
+    def next_lease_end(self) -> float | None:
+        """When the first lease runs out unless something is heard."""
+        return min((m.heard_s + self._limits.lease_s for m in self.by_peer.values()), default=None)

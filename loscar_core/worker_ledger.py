@@ -1,0 +1,147 @@
+"""A worker's own contributions: what was sent, whether it is in the consensus, and whether it was subtracted.
+
+The ledger's invariant, per coordinate: x − a = (this worker's local steps) − (its contributions that are in c). A
+contribution is taken once per round, resent byte-identical, and carries one bit a part: *subtracted* from x − a, as
+the state that the anchor replicates includes it. Whenever the worker learns what a state includes, the bit is made
+to agree: included and not subtracted → subtract; subtracted and not included (the round was abandoned by a
+recovery) → add back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from loscar_core.messages import Contribution
+from loscar_core.plan import Part, RoundPlan
+from loscar_core.replica import Floats, Indices
+from loscar_core.state import Included
+
+
+@dataclass(slots=True)
+class Record:
+    """One contribution.
+
+    Attributes:
+        plan: of the round that it was taken for.
+        indices: the round's selection, K int64.
+        sent: δ̂ as the server decodes it, K float32.
+        parts: how the round is cut.
+        messages: what was sent, to be sent again as it is.
+        subtracted: bitmap of the parts that are subtracted from x − a.
+        decided: the state that the worker follows has closed the round, with or without it.
+    """
+
+    plan: RoundPlan
+    indices: Indices
+    sent: Floats
+    parts: tuple[Part, ...]
+    messages: tuple[Contribution, ...]
+    subtracted: int = 0
+    decided: bool = False
+
+    def masked(self, mask: int) -> Floats | None:
+        """δ̂ on the parts of a bitmap and 0 elsewhere; None when none of them is in it."""
+        value_parts = [p for p in self.parts if not p.statistics]
+        chosen = [p for p in value_parts if mask >> p.index & 1]
+        if not chosen:
+            return None
+        if len(chosen) == len(value_parts):
+            return self.sent
+        masked = np.zeros_like(self.sent)
+        for p in chosen:
+            masked[p.start : p.stop] = self.sent[p.start : p.stop]
+        return masked
+
+
+@dataclass(slots=True)
+class Ledger:
+    """The records that may still matter, by round, and the count of all contributions by outcome.
+
+    `sent` = `included` + `returned` + `outstanding` at any time.
+    """
+
+    records: dict[int, Record] = field(default_factory=dict)
+    sent: int = 0
+    included: int = 0
+    returned: int = 0
+
+    @property
+    def outstanding(self) -> int:
+        return self.sent - self.included - self.returned
+
+    def add(self, record: Record) -> None:
+        self.records[record.plan.round] = record
+        self.sent += 1
+
+    def in_flight(self, round_: int) -> Record | None:
+        """The contribution to a round that is not decided yet."""
+        record = self.records.get(round_)
+        return record if record is not None and not record.decided else None
+
+    def decide(self, record: Record, mask: int) -> tuple[int, int]:
+        """The followed state has closed the record's round and includes these of its parts.
+
+        Returns:
+            Bitmaps of the parts to subtract now and of the parts to add back now.
+        """
+        was = record.subtracted
+        if not record.decided:
+            record.decided = True
+            self._count(mask, +1)
+        elif bool(was) != bool(mask):
+            self._count(was, -1)
+            self._count(mask, +1)
+        record.subtracted = mask
+        return mask & ~was, was & ~mask
+
+    def undecide(self, record: Record) -> int:
+        """The followed state is back before the record's round: it is in flight again.
+
+        Returns:
+            Bitmap of the parts to add back now.
+        """
+        was = record.subtracted
+        if record.decided:
+            self._count(was, -1)
+        record.decided = False
+        record.subtracted = 0
+        return was
+
+    def resolve(self, own: Included, round_: int) -> list[tuple[Record, int, int]]:
+        """Make every record agree with a state that was caught up with.
+
+        Args:
+            own: this worker's entry in the state's inclusion table.
+            round_: the state's round.
+
+        Returns:
+            (record, parts to subtract, parts to add back) for each record where there is something to do.
+        """
+        todo = []
+        for record in self.records.values():
+            number = record.plan.round
+            if number > round_:
+                subtract, add_back = 0, self.undecide(record)
+            elif own.round == number:
+                subtract, add_back = self.decide(record, own.parts)
+            elif own.round > number and record.decided:
+                continue  # settled before a later contribution of ours was taken
+            else:
+                subtract, add_back = self.decide(record, 0)
+            if subtract or add_back:
+                todo.append((record, subtract, add_back))
+        return todo
+
+    def forget_before(self, round_: int) -> None:
+        """Rounds before this one can no longer be abandoned."""
+        for number in [n for n in self.records if n < round_]:
+            if self.records[number].decided:
+                del self.records[number]
+
+    def _count(self, mask: int, by: int) -> None:
+        if mask:
+            self.included += by
+        else:
+            self.returned += by
