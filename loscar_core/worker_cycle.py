@@ -92,6 +92,11 @@ class Cycle:
         self.in_flight = round_
         self.steps_since_snapshot = 0
 
+    def rejected(self, round_: int) -> None:
+        """The snapshot came too late for its round, or the stream was down: another one may be taken."""
+        if self.in_flight == round_:
+            self.in_flight = None
+
     def merged(self, *, own: bool, now: float) -> None:
         """An update was applied; `own`: it answered this worker's snapshot, with or without it in the sum."""
         if own:

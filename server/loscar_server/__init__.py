@@ -1,0 +1,1 @@
+"""The parameter server: the core's server machine on gRPC. Knows no torch."""

@@ -1,0 +1,49 @@
+# Two commands are all that is needed from a fresh clone: `make run` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# The lowest supported protobuf tools: generated code refuses runtimes older than the tools that made it.
+PROTO_TOOLS := grpcio-tools==1.72.1
+PROTO_VENV := .venv-proto
+GENERATED := proto/loscar_wire/_generated
+
+.PHONY: run test lint types proto clean
+
+run: $(VENV)/worker.stamp
+	$(BIN)/loscar run $(ARGS)
+
+test: $(VENV)/dev.stamp $(PROTO_VENV)/stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/dev.stamp
+	$(BIN)/mypy
+
+proto: $(PROTO_VENV)/stamp
+	$(PROTO_VENV)/bin/python proto/generate.py $(GENERATED)
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit("loscar needs Python 3.11 or newer, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/worker.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[worker]'
+	touch $@
+
+$(VENV)/dev.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@ $(VENV)/worker.stamp
+
+$(PROTO_VENV)/stamp: Makefile
+	$(PYTHON) -m venv $(PROTO_VENV)
+	$(PROTO_VENV)/bin/python -m pip install --quiet '$(PROTO_TOOLS)' 'setuptools<81'
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(PROTO_VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis dist

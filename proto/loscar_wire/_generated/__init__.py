@@ -1,0 +1,1 @@
+"""Generated from proto/loscar/v1/parameter_server.proto: `make proto`."""

@@ -1,0 +1,74 @@
+"""What one side of a stream has yet to say: a queue with a writer.
+
+Exactly one task writes and one reads: a second write in flight is an error in gRPC's asyncio, and if both sides
+only wrote, both would hang. Heartbeats and their replies overtake data, so that a long message does not look like a
+dead link.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from loscar_core.errors import LoscarError
+
+
+class Outbox:
+    """Encoded messages on their way to the other side.
+
+    Bounded by who fills it: the server's machine stops answering a member whose outbox has not been empty for some
+    rounds, and a worker has at most one contribution under way.
+    """
+
+    def __init__(self) -> None:
+        self._urgent: deque[bytes] = deque()
+        self._data: deque[bytes] = deque()
+        self._wake = asyncio.Event()
+        self.queued_bytes = 0
+        self.closing = False
+        self.error: LoscarError | None = None
+
+    def put(self, payload: bytes, *, urgent: bool = False) -> None:
+        if self.closing:
+            return
+        (self._urgent if urgent else self._data).append(payload)
+        self.queued_bytes += len(payload)
+        self._wake.set()
+
+    def close(self, error: LoscarError | None) -> None:
+        """Nothing more will be queued. An error ends the stream at once, otherwise what is queued goes first."""
+        if self.closing:
+            return
+        self.closing = True
+        self.error = error
+        if error is not None:
+            self._urgent.clear()
+            self._data.clear()
+        self._wake.set()
+
+    async def write_all(
+        self, write: Callable[[bytes], Awaitable[Any]], written: Callable[[int], None], drained: Callable[[], None]
+    ) -> None:
+        """Write until the outbox is closed and empty.
+
+        Args:
+            write: hands one message to gRPC; awaiting it is the back-pressure.
+            written: told the size of each message that was handed over.
+            drained: called whenever the outbox has become empty.
+        """
+        while True:
+            queue = self._urgent or self._data
+            if queue:
+                payload = queue.popleft()
+                await write(payload)
+                self.queued_bytes -= len(payload)
+                written(len(payload))
+                if not self._urgent and not self._data and not self.closing:
+                    drained()
+            elif self.closing:
+                return
+            else:
+                self._wake.clear()
+                await self._wake.wait()

@@ -1,0 +1,40 @@
+"""Errors on the wire: each travels as one gRPC status whose details name its class.
+
+    INVALID_ARGUMENT  "MalformedError: part 3: a message at 512 where 0 was next"
+
+The other side raises the same class with the same text.
+"""
+
+from __future__ import annotations
+
+import grpc
+
+from loscar_core.errors import ConnectError, LoscarError, ProtocolError, all_errors
+
+_CLASSES = {cls.__name__: cls for cls in all_errors()}
+_TRANSIENT = {
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.CANCELLED,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+    grpc.StatusCode.UNKNOWN,
+    grpc.StatusCode.INTERNAL,
+    grpc.StatusCode.OK,
+}
+MAX_DETAILS = 2000
+
+
+def to_status(error: LoscarError) -> tuple[grpc.StatusCode, str]:
+    """The code and details under which an error travels; details stay printable and short."""
+    text = f"{type(error).__name__}: {error}".replace("\n", " ")[:MAX_DETAILS]
+    return grpc.StatusCode[error.grpc_status], text
+
+
+def from_status(code: grpc.StatusCode, details: str | None) -> LoscarError:
+    """The error that a status stands for; a status that is not ours becomes a ConnectError or a ProtocolError."""
+    name, _, text = (details or "").partition(": ")
+    cls = _CLASSES.get(name)
+    if cls is not None:
+        return cls(text)
+    if code in _TRANSIENT:
+        return ConnectError(details or code.name.lower())
+    return ProtocolError(f"{code.name}: {details}")

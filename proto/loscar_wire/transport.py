@@ -1,0 +1,186 @@
+"""Channels and servers: options, credentials, addresses and method names.
+
+The option values are measured ones: a channel with these stays up for minutes of silence behind NAT, notices a
+silent peer within half a minute, and reconnects without a long back-off. Keepalive is for NAT only; membership has
+heartbeats of its own.
+"""
+
+from __future__ import annotations
+
+import hmac
+import ipaddress
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from loscar_core.errors import AuthenticationError, ConfigError
+
+SERVICE = "loscar.v1.ParameterServer"
+TRAIN = f"/{SERVICE}/Train"
+STATUS = f"/{SERVICE}/Status"
+FETCH_MODEL = f"/{SERVICE}/FetchModel"
+STOP = f"/{SERVICE}/Stop"
+
+MAX_MESSAGE_BYTES = 4 << 20
+"""Largest message either side accepts; what is sent stays well below (1 MiB of values)."""
+
+Options = list[tuple[str, int | str]]
+
+_BOTH: Options = [
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+]
+
+CLIENT_OPTIONS: Options = [
+    *_BOTH,
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.ping_timeout_ms", 10_000),
+    ("grpc.initial_reconnect_backoff_ms", 500),
+    ("grpc.min_reconnect_backoff_ms", 500),
+    ("grpc.max_reconnect_backoff_ms", 10_000),
+    ("grpc.enable_retries", 0),
+    # Otherwise all channels of a process to one address share one connection, and one link's back-pressure.
+    ("grpc.use_local_subchannel_pool", 1),
+]
+
+SERVER_OPTIONS: Options = [
+    *_BOTH,
+    ("grpc.keepalive_time_ms", 60_000),
+    ("grpc.http2.ping_timeout_ms", 20_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    # A second server on the same port must fail, not share it.
+    ("grpc.so_reuseport", 0),
+]
+
+
+@dataclass(frozen=True, slots=True)
+class ClientSecurity:
+    """How a client proves who it is, and whom it trusts.
+
+    Attributes:
+        token: the run's token, or None.
+        ca: PEM of the authority that signed the server's certificate; None for no TLS.
+        certificate, key: the client's own, for mutual TLS.
+    """
+
+    token: str | None = None
+    ca: Path | None = None
+    certificate: Path | None = None
+    key: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ServerSecurity:
+    """What a server asks of its clients.
+
+    Attributes:
+        token: the run's token, or None.
+        certificate, key: PEM; None for no TLS.
+        client_ca: PEM of the authority that signs clients' certificates, for mutual TLS.
+        insecure: a public address without TLS and token is wanted.
+    """
+
+    token: str | None = None
+    certificate: Path | None = None
+    key: Path | None = None
+    client_ca: Path | None = None
+    insecure: bool = False
+
+
+def parse_address(text: str, option: str) -> tuple[str, int]:
+    """HOST:PORT (or [v6]:PORT). Raises ConfigError naming the option."""
+    host, separator, port = text.rpartition(":")
+    host = host.strip("[]")
+    if not separator or not host or not port.isdigit() or int(port) > 65535:
+        raise ConfigError(f"{option} {text!r} is not HOST:PORT")
+    return host, int(port)
+
+
+def format_address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def check_exposure(host: str, security: ServerSecurity) -> None:
+    """Refuse to serve beyond this machine without TLS and a token, unless that is wanted.
+
+    Raises:
+        ConfigError: saying what is missing.
+    """
+    if is_loopback(host) or security.insecure:
+        return
+    missing = [
+        name
+        for name, value in (("--tls-cert and --tls-key", security.certificate), ("--token", security.token))
+        if value is None
+    ]
+    if missing:
+        raise ConfigError(
+            f"{host} can be reached from outside: give {' and '.join(missing)}, or --insecure if that is meant"
+        )
+
+
+def channel(target: str, security: ClientSecurity) -> grpc.aio.Channel:
+    """A client channel. Raises ConfigError for credentials that cannot be read."""
+    if security.ca is None:
+        return grpc.aio.insecure_channel(target, options=CLIENT_OPTIONS)
+    credentials = grpc.ssl_channel_credentials(
+        _read(security.ca, "--tls-ca"),
+        _read(security.key, "--tls-key") if security.key else None,
+        _read(security.certificate, "--tls-cert") if security.certificate else None,
+    )
+    return grpc.aio.secure_channel(target, credentials, options=CLIENT_OPTIONS)
+
+
+def add_port(server: grpc.aio.Server, address: str, security: ServerSecurity) -> int:
+    """Bind; returns the port. Raises RuntimeError when it is taken, ConfigError for unreadable credentials."""
+    if security.certificate is None or security.key is None:
+        port: int = server.add_insecure_port(address)
+        return port
+    pair = (_read(security.key, "--tls-key"), _read(security.certificate, "--tls-cert"))
+    client_ca = _read(security.client_ca, "--tls-client-ca") if security.client_ca else None
+    credentials = grpc.ssl_server_credentials([pair], client_ca, require_client_auth=client_ca is not None)
+    secure_port: int = server.add_secure_port(address, credentials)
+    return secure_port
+
+
+def _read(path: Path, option: str) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{option} {path}: {error.strerror or error}") from None
+
+
+def call_metadata(security: ClientSecurity) -> list[tuple[str, str]]:
+    """What a client sends with every call."""
+    return [("authorization", f"Bearer {security.token}")] if security.token is not None else []
+
+
+def check_token(metadata: Sequence[Any] | None, token: str | None) -> None:
+    """Compare a call's token with the run's in constant time.
+
+    Raises:
+        AuthenticationError: it is missing or wrong.
+    """
+    if token is None:
+        return
+    given = {str(k): v for k, v in (metadata or ())}.get("authorization")
+    if given is None:
+        raise AuthenticationError("this run wants a token")
+    text = given if isinstance(given, str) else given.decode("latin-1")
+    if not hmac.compare_digest(text.encode(), f"Bearer {token}".encode()):
+        raise AuthenticationError("wrong token")

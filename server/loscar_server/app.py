@@ -1,0 +1,224 @@
+"""The server process: start, serve until the run is over, linger, stop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from loscar_core import effects as fx
+from loscar_core.config import RunConfig, ServerLimits
+from loscar_core.errors import InterruptedRunError, PortInUseError, ServerLostError
+from loscar_core.server_machine import Phase, ServerMachine
+from loscar_server.service import ParameterService
+from loscar_wire._generated import parameter_server_pb2 as pb
+from loscar_wire.transport import (
+    SERVER_OPTIONS,
+    SERVICE,
+    ServerSecurity,
+    add_port,
+    check_exposure,
+    format_address,
+    parse_address,
+)
+
+log = logging.getLogger("loscar.server")
+
+
+@dataclass(frozen=True, slots=True)
+class ServerOptions:
+    """One server process.
+
+    Attributes:
+        listen: HOST:PORT; port 0 takes a free one.
+        run_id: text that names the run, or None for a new one.
+        config: the run's configuration.
+        limits: the server's patience.
+        security: TLS and token.
+        linger_s: how long the final model is served after the run's end.
+    """
+
+    listen: str = "127.0.0.1:50051"
+    run_id: str | None = None
+    config: RunConfig = field(default_factory=RunConfig)
+    limits: ServerLimits = field(default_factory=ServerLimits)
+    security: ServerSecurity = field(default_factory=ServerSecurity)
+    linger_s: float = 300.0
+
+
+def run_id_bytes(text: str | None) -> bytes:
+    """16 bytes for a run's name: hexadecimal as it is, other text hashed, None at random."""
+    if text is None:
+        return os.urandom(16)
+    with contextlib.suppress(ValueError):
+        if len(text) == 32:
+            return bytes.fromhex(text)
+    return hashlib.sha256(text.encode()).digest()[:16]
+
+
+def describe(effect: fx.ServerEffect) -> tuple[int, str] | None:
+    """The log line of an effect: (level, text), or None for those that are not worth one."""
+    match effect:
+        case fx.MemberJoined(name, slot, observer):
+            return logging.INFO, f"{name} joined" + (" as observer" if observer else f" at slot {slot}")
+        case fx.MemberGone(d):
+            return logging.INFO, f"{d.name} left: {d.reason.value}" + (f" ({d.detail})" if d.detail else "")
+        case fx.RunStarted(position, members, _):
+            return logging.INFO, f"run on at {position} with {members} workers"
+        case fx.RoundCommitted() as r:
+            text = f"round {r.position} committed: {len(r.included)} of {r.members} in {r.seconds:.3f} s"
+            return logging.DEBUG, text
+        case fx.RunFinished(why):
+            return logging.INFO, f"run finished: {why}"
+        case fx.SteppedDown(detail):
+            return logging.WARNING, f"stepping down: {detail}"
+        case fx.Notice(text):
+            return logging.INFO, text
+        case _:
+            return None
+
+
+class ServerProcess:
+    """A parameter server that can be embedded: `start`, `wait`, `close`.
+
+    Args:
+        options: see `ServerOptions`.
+        observe: called with every effect that is not about sending.
+    """
+
+    def __init__(self, options: ServerOptions, observe: Callable[[fx.ServerEffect], None] | None = None) -> None:
+        self._options = options
+        self._observe = observe
+        self.address = ""
+        machine = ServerMachine(options.config, options.limits, run_id_bytes(options.run_id), time.monotonic())
+        self.service = ParameterService(machine, options.security.token, self._note)
+        self._server: grpc.aio.Server | None = None
+        self._ticking: asyncio.Task[None] | None = None
+
+    @property
+    def run_id(self) -> bytes:
+        return self.service.machine.run_id
+
+    def _note(self, effect: fx.ServerEffect) -> None:
+        line = describe(effect)
+        if line is not None:
+            log.log(*line)
+        if self._observe is not None:
+            self._observe(effect)
+
+    async def start(self) -> str:
+        """Bind and serve; returns the address.
+
+        Raises:
+            PortInUseError: the port is taken, or the host is not one of this machine's.
+            ConfigError: a public address without TLS and token.
+        """
+        host, port = parse_address(self._options.listen, "--listen")
+        check_exposure(host, self._options.security)
+        server = grpc.aio.server(options=SERVER_OPTIONS)
+        server.add_generic_rpc_handlers((self.service.handler(),))
+        checks = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(checks, server)
+        names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, server)
+        assert pb.DESCRIPTOR.services_by_name["ParameterServer"].full_name == SERVICE
+        try:
+            bound = add_port(server, format_address(host, port), self._options.security)
+        except RuntimeError:
+            bound = 0
+        if bound == 0:
+            raise PortInUseError(f"cannot listen on {host}:{port}: it is taken, or not an address of this machine")
+        await server.start()
+        for name in ("", SERVICE):
+            await checks.set(name, health_pb2.HealthCheckResponse.SERVING)
+        self._server = server
+        self._ticking = asyncio.create_task(self.service.tick(), name="tick")
+        self._ticking.add_done_callback(self._tick_ended)
+        self.address = format_address(host, bound)
+        return self.address
+
+    def _tick_ended(self, task: asyncio.Task[None]) -> None:
+        # A machine that gets no time any more would hang the run without a word.
+        if not task.cancelled() and task.exception() is not None:
+            log.critical("the server's clock task died", exc_info=task.exception())
+            self.service.finished.set()
+
+    async def wait_finished(self) -> None:
+        """Until the run is over.
+
+        Raises:
+            ServerLostError: this process stepped down for a later epoch, or its clock died.
+        """
+        await self.service.finished.wait()
+        if self.service.stepped_down is not None:
+            raise ServerLostError(self.service.stepped_down)
+        if self._ticking is not None and self._ticking.done():
+            self._ticking.result()
+
+    async def close(self) -> None:
+        """Say goodbye, end every stream, free the port."""
+        if self._ticking is not None:
+            self._ticking.cancel()
+            await asyncio.gather(self._ticking, return_exceptions=True)
+        if self._server is not None:
+            await self.service.shut_down()
+            await self._server.stop(grace=0.5)
+            self._server = None
+
+
+async def serve(options: ServerOptions, ready: Callable[[ServerProcess], None]) -> None:
+    """Run a server until its run is over and it has lingered, or a signal ends it.
+
+    The first SIGINT or SIGTERM ends the run with its final round, or the lingering; the second ends the process.
+    """
+    process = ServerProcess(options)
+    await process.start()
+    loop = asyncio.get_running_loop()
+    leave = asyncio.Event()
+    forced = asyncio.Event()
+    signals = 0
+
+    def on_signal() -> None:
+        nonlocal signals
+        signals += 1
+        if signals > 1:
+            forced.set()
+        elif process.service.machine.phase is Phase.FINISHED:
+            leave.set()
+        else:
+            log.info("ending the run; once more to stop at once")
+            leave.set()
+            process.service.stop("interrupted")
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, on_signal)
+    ready(process)
+    running = asyncio.create_task(process.wait_finished())
+    force = asyncio.create_task(forced.wait())
+    try:
+        await asyncio.wait({running, force}, return_when=asyncio.FIRST_COMPLETED)
+        if not running.done():
+            raise InterruptedRunError("stopped before the run's end")
+        running.result()
+        lingering = asyncio.create_task(leave.wait())
+        await asyncio.wait({lingering, force}, timeout=options.linger_s, return_when=asyncio.FIRST_COMPLETED)
+        lingering.cancel()
+        if leave.is_set():
+            # Workers still have to hear of the end: they leave by themselves.
+            ending = asyncio.create_task(process.service.streams_ended(options.limits.lease_s))
+            await asyncio.wait({ending, force}, return_when=asyncio.FIRST_COMPLETED)
+            ending.cancel()
+    finally:
+        for task in (running, force):
+            task.cancel()
+        await process.close()

@@ -1,0 +1,47 @@
+"""What a running server tells about itself."""
+
+from __future__ import annotations
+
+from loscar_core.config import PROTOCOL_VERSION
+from loscar_core.server_machine import ServerMachine
+from loscar_wire._generated import parameter_server_pb2 as pb
+from loscar_wire.mapping import config_to_pb, report_to_pb
+
+
+def status_of(machine: ServerMachine, now: float, bytes_in: int, bytes_out: int, first_round: int) -> pb.StatusReply:
+    """The reply to a status call, from the machine's state."""
+    state = machine.replica
+    reply = pb.StatusReply(
+        run_id=machine.run_id,
+        protocol_version=PROTOCOL_VERSION,
+        phase=machine.phase.value,
+        epoch=machine.epoch,
+        round=state.position.round if state else 0,
+        elapsed_s=machine.elapsed_s(now),
+        dimension=machine.layout.dimension if machine.layout else 0,
+        config=config_to_pb(machine.config),
+        refused=machine.refused,
+        stop_reason=machine.stop_reason or "",
+        first_round=first_round,
+        bytes_in=bytes_in,
+        bytes_out=bytes_out,
+        digest=state.digest if state else 0,
+    )
+    for m in [*machine.members.workers(), *(o for o in machine.members.by_peer.values() if o.observer)]:
+        reply.members.add(
+            name=m.name,
+            slot=m.slot,
+            state=m.state.value,
+            heard_ago_s=now - m.heard_s,
+            merged_round=m.merged_round,
+            contributed=m.contributed,
+            missed=m.missed,
+            deadline_s=m.deadline_s(machine.limits),
+            local_steps=m.local_steps,
+            overlap_steps=m.overlap_steps,
+            report=report_to_pb(m.report),
+            observer=m.observer,
+        )
+    for d in machine.members.departures:
+        reply.departures.add(name=d.name, slot=d.slot, reason=d.reason.value, detail=d.detail, ago_s=now - d.at_s)
+    return reply

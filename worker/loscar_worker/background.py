@@ -1,0 +1,206 @@
+"""The background half of a session: its connection, on the process's background loop.
+
+Prepares on the loop what the training thread would otherwise have to wait for (index tensors, device copies,
+encoding) and leaves finished work in a mailbox. A dead background task fails the next `step()` with its cause.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from loscar_core.errors import LoscarError, SessionFailedError
+from loscar_core.messages import Reason, WorkerReport
+from loscar_core.replica import Floats
+from loscar_core.worker_engine import Initialise, RoundOpen, RunEnded, Update, WorkerEffect, WorkerEngine
+from loscar_worker.connection import Connection, ConnectionOptions
+from loscar_worker.loop import shared_loop
+from loscar_worker.model import HostCopy, ModelView, Selected
+
+log = logging.getLogger("loscar.worker")
+
+CLOSE_S = 15.0
+"""How long closing waits for the connection; its own waits are all shorter."""
+
+
+@dataclass(frozen=True, slots=True)
+class OpenRound:
+    """A round that a snapshot may be taken for, with its selection prepared."""
+
+    open: RoundOpen
+    selected: Selected
+
+
+@dataclass(frozen=True, slots=True)
+class ReadyUpdate:
+    """An update whose values wait where the model lives, one tensor a piece."""
+
+    update: Update
+    selected: Selected
+    anchor: list[Tensor]
+    new_anchor: list[Tensor]
+    sent: list[Tensor] | None
+
+
+@dataclass
+class Mailbox:
+    """What the background has ready for the training thread; guarded by `changed`."""
+
+    changed: threading.Condition = field(default_factory=threading.Condition)
+    updates: deque[ReadyUpdate] = field(default_factory=deque)
+    open: OpenRound | None = None
+    initial: Initialise | None = None
+    ended: RunEnded | None = None
+    rejected: int | None = None
+    failure: BaseException | None = None
+    version: int = 0
+    """Grows with every change, so that an unchanged mailbox is seen without taking the lock."""
+
+
+class Background:
+    """Runs a worker's connection beside the training thread.
+
+    Args:
+        engine: the protocol's state; belongs to the background thread once started.
+        view: the model; the background only prepares indices and copies for it.
+        options: where to connect.
+        report: the worker's figures.
+    """
+
+    def __init__(
+        self,
+        engine: WorkerEngine,
+        view: ModelView,
+        options: ConnectionOptions,
+        report: Callable[[], WorkerReport],
+    ) -> None:
+        self.mailbox = Mailbox()
+        self.engine = engine
+        self._view = view
+        self._loop = shared_loop()
+        self.connection = Connection(engine, options, self._on_effect, report)
+        self._running: concurrent.futures.Future[None] | None = None
+        self._prepared: tuple[int, Selected] | None = None
+
+    def start(self) -> None:
+        self._running = asyncio.run_coroutine_threadsafe(self._run(), self._loop)
+
+    async def _run(self) -> None:
+        try:
+            await self.connection.run()
+        except BaseException as error:
+            if not isinstance(error, LoscarError):
+                log.debug("the background task failed", exc_info=error)
+            if self.mailbox.failure is None:
+                self._publish(failure=error)
+            if not isinstance(error, Exception):
+                raise
+
+    # --- for the training thread ----------------------------------------------------------------------------
+
+    def raise_failure(self) -> None:
+        """Raise what ended the background task: our own errors as they are, others as SessionFailedError."""
+        failure = self.mailbox.failure
+        if isinstance(failure, LoscarError):
+            raise failure
+        if failure is not None:
+            raise SessionFailedError(f"the background task died: {failure!r}") from failure
+
+    def snapshot(self, round_: int, copy: HostCopy, statistics: Floats, local: int, overlap: int) -> None:
+        """Hand a snapshot over to be encoded and sent; returns at once."""
+        self._post(self._take_snapshot, round_, copy, statistics, local, overlap)
+
+    def stop_run(self, why: str) -> None:
+        self._post(self.connection.stop_run, why)
+
+    def close(self, reason: Reason, detail: str) -> None:
+        """Leave, and wait until the connection is closed."""
+        if self._running is None:
+            return
+        self._loop.call_soon_threadsafe(self.connection.leave, reason, detail)
+        try:
+            self._running.result(CLOSE_S)
+        except TimeoutError:
+            log.warning("the connection did not close within %g s", CLOSE_S)
+            self._running.cancel()
+
+    def _post(self, what: Callable[..., None], *args: object) -> None:
+        self._loop.call_soon_threadsafe(self._guarded, what, args)
+
+    def _guarded(self, what: Callable[..., None], args: tuple[object, ...]) -> None:
+        try:
+            what(*args)
+        except Exception as error:
+            self._publish(failure=error)
+            self.connection.leave(Reason.FAILED, str(error))
+
+    # --- on the loop ----------------------------------------------------------------------------------------
+
+    def _take_snapshot(self, round_: int, copy: HostCopy, statistics: Floats, local: int, overlap: int) -> None:
+        effects = self.engine.snapshot(round_, copy.values(), statistics, local, overlap)
+        if effects is None:
+            self._publish(rejected=round_)
+        else:
+            self.connection.carry_out(effects)
+
+    def _publish(self, **changes: object) -> None:
+        """Set fields of the mailbox and wake the training thread if it waits."""
+        box = self.mailbox
+        with box.changed:
+            for name, value in changes.items():
+                setattr(box, name, value)
+            box.version += 1
+            box.changed.notify_all()
+
+    def _on_effect(self, effect: WorkerEffect) -> None:
+        match effect:
+            case Update():
+                ready = self._prepare(effect)
+                self.mailbox.updates.append(ready)
+                self._publish(open=None)
+            case RoundOpen():
+                self._publish(open=OpenRound(effect, self._select(effect)))
+            case Initialise():
+                self._publish(initial=effect)
+            case RunEnded():
+                self._publish(ended=effect, open=None)
+            case _:
+                pass
+
+    def _select(self, opened: RoundOpen) -> Selected:
+        indices = opened.indices
+        selected = self._view.select(None if indices.size == self.engine.layout.dimension else indices)
+        self._prepared = (opened.plan.round, selected)
+        return selected
+
+    def _prepare(self, update: Update) -> ReadyUpdate:
+        prepared = self._prepared
+        if prepared is not None and update.round == prepared[0]:
+            selected = prepared[1]
+        else:
+            selected = self._view.select(update.indices)
+        prepare = self._view.prepare
+        return ReadyUpdate(
+            update,
+            selected,
+            prepare(selected, update.anchor),
+            prepare(selected, update.new_anchor),
+            None if update.sent is None else prepare(selected, update.sent),
+        )
+
+
+def wait_changed(mailbox: Mailbox, version: int, timeout_s: float) -> float:
+    """Sleep until the mailbox is newer than `version`; returns the seconds waited."""
+    started = time.monotonic()
+    with mailbox.changed:
+        mailbox.changed.wait_for(lambda: mailbox.version != version, timeout_s)
+    return time.monotonic() - started
+

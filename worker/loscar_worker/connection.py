@@ -1,0 +1,264 @@
+"""One worker's connection: keeps a stream to a server open, feeds the engine, carries its messages out.
+
+Everything here runs on one event loop; several connections may share it. A broken stream is rebuilt with its
+channel, with jittered back-off, at the next address in turn. What must not be retried is raised.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+
+from loscar_core.errors import ConnectError, LoscarError, ServerLostError, SupersededError, WrongRoundError
+from loscar_core.messages import Goodbye, Heartbeat, Leave, Reason, StopRun, WorkerMessage, WorkerReport
+from loscar_core.worker_engine import Dismissed, Emit, RoundTrip, WorkerEffect, WorkerEngine
+from loscar_wire.mapping import decode_server_message, encode_worker_message
+from loscar_wire.outbox import Outbox
+from loscar_wire.status import from_status
+from loscar_wire.transport import TRAIN, ClientSecurity, call_metadata, channel
+
+log = logging.getLogger("loscar.worker")
+
+FIRST_BACKOFF_S = 0.25
+MAX_BACKOFF_S = 10.0
+DEFAULT_HEARTBEAT_S = 2.0
+DEFAULT_LEASE_S = 15.0
+LEAVE_FLUSH_S = 5.0
+COMEBACK = {Reason.SERVER_STOPPED, Reason.STEPPED_DOWN, Reason.LEASE_EXPIRED, Reason.STREAM_CLOSED}
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectionOptions:
+    """Where to connect and how long to try.
+
+    Attributes:
+        servers: HOST:PORT, tried in turn.
+        security: token and certificates.
+        connect_timeout_s: how long to look for a server before the first welcome.
+        server_timeout_s: how long a server may stay away afterwards.
+    """
+
+    servers: tuple[str, ...]
+    security: ClientSecurity = field(default_factory=ClientSecurity)
+    connect_timeout_s: float = 60.0
+    server_timeout_s: float = 600.0
+
+
+class Connection:
+    """Runs an engine against a server until the run ends, the worker leaves, or nothing can be done any more.
+
+    Args:
+        engine: the worker's half of the protocol; touched by this object's event loop only.
+        options: where and how long.
+        on_effect: told every effect that is not about sending.
+        report: the worker's figures, for heartbeats.
+    """
+
+    def __init__(
+        self,
+        engine: WorkerEngine,
+        options: ConnectionOptions,
+        on_effect: Callable[[WorkerEffect], None],
+        report: Callable[[], WorkerReport],
+    ) -> None:
+        self.engine = engine
+        self.reconnects = 0
+        self.round_trip_s: float | None = None
+        self._options = options
+        self._on_effect = on_effect
+        self._report = report
+        self._outbox: Outbox | None = None
+        self._leaving: asyncio.Event = asyncio.Event()
+        self._joined = False
+        self._said_waiting = False
+
+    # --- what the session asks for (on the loop) ------------------------------------------------------------
+
+    def carry_out(self, effects: Sequence[WorkerEffect]) -> None:
+        """Send what the engine emits, hand the rest on."""
+        for effect in effects:
+            match effect:
+                case Emit(message):
+                    self._send(message)
+                case RoundTrip(stamp_ns):
+                    self.round_trip_s = (time.monotonic_ns() - stamp_ns) / 1e9
+                case _:
+                    self._on_effect(effect)
+
+    def send_heartbeat(self) -> None:
+        self._send(self.engine.heartbeat(time.monotonic_ns(), self._report()))
+
+    def stop_run(self, why: str) -> None:
+        """Ask the server to end the run."""
+        self._send(StopRun(why))
+
+    def leave(self, reason: Reason, detail: str = "") -> None:
+        """Say goodbye and end `run`."""
+        if self._outbox is not None and not self._outbox.closing:
+            self._send(Heartbeat(time.monotonic_ns(), self.engine.anchor.position.round, self._report()))
+            self._send(Leave(reason, detail))
+            self._outbox.close(None)
+        self._leaving.set()
+
+    def _send(self, message: WorkerMessage) -> None:
+        if self._outbox is not None:
+            self._outbox.put(encode_worker_message(message), urgent=isinstance(message, Heartbeat))
+
+    # --- the loop -------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Stay connected until left.
+
+        Raises:
+            ConnectError: no server answered within `connect_timeout_s`.
+            ServerLostError: none came back within `server_timeout_s`.
+            LoscarError: the server refused this worker for good.
+        """
+        since = time.monotonic()
+        backoff = FIRST_BACKOFF_S
+        attempt = 0
+        while not self._leaving.is_set():
+            target = self._options.servers[attempt % len(self._options.servers)]
+            attempt += 1
+            joined_before = self._joined
+            self._joined = False
+            try:
+                await self._one_stream(target)
+                cause = ""
+            except LoscarError as error:
+                if not _may_retry(error):
+                    raise
+                cause = str(error)
+            if self._leaving.is_set():
+                return
+            if self._joined:
+                since, backoff = time.monotonic(), FIRST_BACKOFF_S
+            self._joined = self._joined or joined_before
+            self._check_patience(since, target, cause)
+            await self._pause(backoff * random.uniform(0.5, 1.5))
+            backoff = min(MAX_BACKOFF_S, backoff * 2)
+            if self._joined:
+                self.reconnects += 1
+
+    def _check_patience(self, since: float, target: str, cause: str) -> None:
+        waited = time.monotonic() - since
+        where = ", ".join(self._options.servers)
+        if not self._joined:
+            if waited >= self._options.connect_timeout_s:
+                raise ConnectError(f"no server at {where} within {self._options.connect_timeout_s:g} s: {cause}")
+            if not self._said_waiting:
+                self._said_waiting = True
+                log.warning("no server at %s yet (%s): trying for %g s", where, cause, self._options.connect_timeout_s)
+        elif waited >= self._options.server_timeout_s:
+            raise ServerLostError(f"no server at {where} for {self._options.server_timeout_s:g} s: {cause}")
+        else:
+            log.info("connection to %s lost (%s): training on, reconnecting", target, cause)
+
+    async def _pause(self, seconds: float) -> None:
+        waiting = asyncio.create_task(self._leaving.wait())
+        await asyncio.wait({waiting}, timeout=seconds)
+        waiting.cancel()
+
+    async def _one_stream(self, target: str) -> None:
+        """One channel and one stream, from hello to its end. Raises what ended it, unless it was polite."""
+        opened = channel(target, self._options.security)
+        call = opened.stream_stream(TRAIN)(metadata=call_metadata(self._options.security))
+        outbox = self._outbox = Outbox()
+        self._send(self.engine.hello())
+        tasks = [
+            asyncio.create_task(self._read(call), name="read"),
+            asyncio.create_task(self._write(call, outbox), name="write"),
+            asyncio.create_task(self._beat(), name="heartbeat"),
+        ]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            if outbox.closing and not tasks[1].done():
+                await asyncio.wait({tasks[1]}, timeout=LEAVE_FLUSH_S)
+            await self._raise_cause(call, tasks)
+        finally:
+            self._outbox = None
+            self.engine.disconnected()
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            call.cancel()
+            await opened.close()
+
+    async def _raise_cause(self, call: Any, tasks: list[asyncio.Task[None]]) -> None:
+        reading, writing, beating = tasks
+        if self._leaving.is_set():
+            return
+        if writing.done() and not reading.done():
+            # A failed write only says that the stream is over; the reader knows why.
+            await asyncio.wait({reading}, timeout=LEAVE_FLUSH_S)
+        for task in (reading, beating, writing):
+            if task.done():
+                task.result()
+
+    async def _read(self, call: Any) -> None:
+        silence_s = DEFAULT_LEASE_S
+        while True:
+            read = asyncio.ensure_future(call.read())
+            try:
+                # Not wait_for: cancelling a read would cancel the whole call.
+                done, _ = await asyncio.wait({read}, timeout=silence_s)
+            except asyncio.CancelledError:
+                read.cancel()
+                raise
+            if not done:
+                read.cancel()
+                raise ConnectError(f"nothing heard from the server for {silence_s:g} s")
+            try:
+                data = read.result()
+            except grpc.RpcError as error:
+                raise from_status(error.code(), error.details()) from None
+            except asyncio.CancelledError:
+                raise ConnectError("the call was cancelled") from None
+            if data is grpc.aio.EOF:
+                await self._ended(call)
+                return
+            effects = self.engine.received(decode_server_message(data))
+            welcome = self.engine.welcome
+            if welcome is not None:
+                silence_s = welcome.lease_s
+                self._joined = True
+            self.carry_out(effects)
+            for effect in effects:
+                if isinstance(effect, Dismissed):
+                    self._dismissed(effect.goodbye)
+                    return
+
+    async def _ended(self, call: Any) -> None:
+        code = await call.code()
+        raise from_status(code, await call.details() or "the server ended the stream")
+
+    def _dismissed(self, goodbye: Goodbye) -> None:
+        if goodbye.reason in COMEBACK:
+            raise ConnectError(goodbye.detail or goodbye.reason.value)
+        if goodbye.reason is Reason.SUPERSEDED:
+            raise SupersededError(goodbye.detail)
+
+    async def _write(self, call: Any, outbox: Outbox) -> None:
+        try:
+            await outbox.write_all(call.write, lambda _: None, lambda: None)
+            await call.done_writing()
+        except (grpc.RpcError, asyncio.InvalidStateError):
+            return  # the reader learns why
+
+    async def _beat(self) -> None:
+        while True:
+            welcome = self.engine.welcome
+            await asyncio.sleep(welcome.heartbeat_s if welcome else DEFAULT_HEARTBEAT_S)
+            self.send_heartbeat()
+
+
+def _may_retry(error: LoscarError) -> bool:
+    # A stale server (lower epoch) is not the run's end: the live one may be at another address.
+    return error.retriable or isinstance(error, WrongRoundError)

@@ -1,0 +1,273 @@
+"""A torch module as one logical vector: flat storage, gathers and scatters, statistics, fingerprint.
+
+The trainable parameters become views of one flat tensor per (device, dtype), so that a selection is gathered with
+one indexed read and scattered with one indexed write instead of one per tensor. The logical order of the
+coordinates is the registration order, whatever device or dtype a tensor has; δ and the merge are computed in
+float32 and rounded once, on store.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from loscar_core.errors import ConfigError, ModelChangedError
+from loscar_core.layout import Layout, Segment, offsets
+from loscar_core.replica import Floats, Indices
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass(frozen=True, slots=True)
+class Selected:
+    """A selection prepared for gathers and scatters; made off the training thread.
+
+    Attributes:
+        indices: the logical coordinates, or None for all of them.
+        pieces: per storage: its number, storage indices on its device (None: its whole range, in order), and where
+            its coordinates stand among the selected ones (None: they are all there are).
+    """
+
+    indices: Indices | None
+    pieces: tuple[tuple[int, Tensor | None, Tensor | None], ...]
+
+
+class ModelView:
+    """Reads and writes a module's state as the protocol sees it.
+
+    Args:
+        module: its trainable parameters are re-seated on flat storage at once; values do not change.
+        statistics: names of further floating buffers to be averaged as absolute values.
+
+    Raises:
+        ConfigError: nothing is trainable, or a name or dtype does not fit.
+    """
+
+    def __init__(self, module: nn.Module, statistics: Iterable[str] = ()) -> None:
+        named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
+        for name, parameter in named:
+            if parameter.dtype not in FLOATING:
+                raise ConfigError(f"parameter {name} has dtype {parameter.dtype}, which cannot be averaged")
+        self._parameters = [p for _, p in named]
+        self._statistics = _statistics_of(module, set(statistics))
+        self.layout = Layout(
+            tuple(_segment(n, p) for n, p in named),
+            tuple(_segment(n, b) for n, b in self._statistics),
+            _frozen_checksum(module, {n for n, _ in self._statistics}),
+        )
+        self._copy_streams: dict[torch.device, torch.cuda.Stream] = {}
+        self._flatten()
+
+    def _flatten(self) -> None:
+        keys: dict[tuple[torch.device, torch.dtype], int] = {}
+        sizes: list[int] = []
+        placed: list[tuple[int, int]] = []  # per segment: storage, offset in it
+        for p in self._parameters:
+            storage = keys.setdefault((p.device, p.dtype), len(keys))
+            if storage == len(sizes):
+                sizes.append(0)
+            placed.append((storage, sizes[storage]))
+            sizes[storage] += p.numel()
+        self.storages = [
+            torch.empty(size, device=device, dtype=dtype) for (device, dtype), size in zip(keys, sizes, strict=True)
+        ]
+        with torch.no_grad():
+            for p, (storage, offset) in zip(self._parameters, placed, strict=True):
+                view = self.storages[storage][offset : offset + p.numel()].view(p.shape)
+                view.copy_(p)
+                p.data = view
+        self._pointers = [p.data_ptr() for p in self._parameters]
+        self._starts = np.array(offsets(self.layout.parameters), np.int64)
+        self._segment_storage = np.array([s for s, _ in placed], np.int64)
+        self._segment_shift = np.array([o for _, o in placed], np.int64) - self._starts[:-1]
+
+    def check_unchanged(self) -> None:
+        """Raises ModelChangedError when the module left the flat storage (`.to()`, `.half()` after joining)."""
+        for p, pointer, segment in zip(self._parameters, self._pointers, self.layout.parameters, strict=True):
+            if p.data_ptr() != pointer and p.numel():
+                raise ModelChangedError(
+                    f"parameter {segment.name} was moved or cast after joining: the run would train another copy"
+                )
+
+    # --- selections -----------------------------------------------------------------------------------------
+
+    def select(self, indices: Indices | None) -> Selected:
+        """Prepare a selection: split it by storage and move it to the devices."""
+        if len(self.storages) == 1:
+            where = None if indices is None else self._to_device(indices, self.storages[0].device)
+            return Selected(indices, ((0, where, None),))
+        logical = np.arange(self.layout.dimension) if indices is None else indices
+        segment = np.searchsorted(self._starts, logical, side="right") - 1
+        storage_of = self._segment_storage[segment]
+        local = logical + self._segment_shift[segment]
+        pieces = []
+        for number, storage in enumerate(self.storages):
+            among = np.flatnonzero(storage_of == number)
+            if among.size:
+                where = self._to_device(local[among], storage.device)
+                pieces.append((number, where, torch.from_numpy(among)))
+        return Selected(indices, tuple(pieces))
+
+    @staticmethod
+    def _to_device(indices: NDArray[np.int64], device: torch.device) -> Tensor:
+        tensor = torch.from_numpy(indices)
+        return tensor if device.type == "cpu" else tensor.to(device)
+
+    def gather(self, selected: Selected) -> HostCopy:
+        """Copy the selected values out; on a GPU this only queues the copy, `HostCopy.values` waits for it."""
+        self.check_unchanged()
+        copies = []
+        with torch.no_grad():
+            for number, where, among in selected.pieces:
+                storage = self.storages[number]
+                values = storage.clone() if where is None else storage.index_select(0, where)
+                copies.append((_to_host(values.float()), among))
+        size = self.layout.dimension if selected.indices is None else selected.indices.size
+        return HostCopy(copies, size)
+
+    def prepare(self, selected: Selected, values: Floats) -> list[Tensor]:
+        """Move K float32 values to where the selection lives, one tensor a piece; off the training thread."""
+        source = torch.from_numpy(values)
+        moved = []
+        for number, _, among in selected.pieces:
+            piece = source if among is None else source.index_select(0, among)
+            device = self.storages[number].device
+            moved.append(piece if device.type != "cuda" else self._upload(piece, device))
+        return moved
+
+    def _upload(self, piece: Tensor, device: torch.device) -> Tensor:
+        """Copy on a stream of its own, finished on return: the training stream is never waited for."""
+        stream = self._copy_streams.get(device)
+        if stream is None:
+            stream = self._copy_streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(stream):
+            moved = piece.pin_memory().to(device, non_blocking=True)
+        moved.record_stream(torch.cuda.default_stream(device))
+        stream.synchronize()
+        return moved
+
+    def read(self, selected: Selected) -> list[Tensor]:
+        """The selected values as float32 where they live, one tensor a piece."""
+        self.check_unchanged()
+        with torch.no_grad():
+            return [
+                self.storages[number].float() if where is None else self.storages[number].index_select(0, where).float()
+                for number, where, _ in selected.pieces
+            ]
+
+    def write(self, selected: Selected, values: list[Tensor]) -> None:
+        """Store values, rounding to each storage's dtype."""
+        with torch.no_grad():
+            for (number, where, _), piece in zip(selected.pieces, values, strict=True):
+                storage = self.storages[number]
+                if where is None:
+                    storage.copy_(piece)
+                else:
+                    storage.index_copy_(0, where, piece.to(storage.dtype))
+
+    # --- whole states ---------------------------------------------------------------------------------------
+
+    def vector(self) -> Floats:
+        """All parameters in logical order, a new d float32 array."""
+        return self.gather(self.select(None)).values()
+
+    def load_vector(self, values: Floats) -> None:
+        selected = self.select(None)
+        self.write(selected, self.prepare(selected, values))
+
+    def statistics(self) -> Floats:
+        """All statistics in order, a new float32 array."""
+        if not self._statistics:
+            return np.empty(0, np.float32)
+        with torch.no_grad():
+            flat = torch.cat([b.detach().reshape(-1).float().cpu() for _, b in self._statistics])
+        return flat.numpy()
+
+    def load_statistics(self, values: Floats) -> None:
+        start = 0
+        with torch.no_grad():
+            for _, buffer in self._statistics:
+                piece = torch.from_numpy(values[start : start + buffer.numel()])
+                buffer.copy_(piece.reshape(buffer.shape))
+                start += buffer.numel()
+
+
+class HostCopy:
+    """Values on their way to the host."""
+
+    def __init__(self, copies: list[tuple[_Copy, Tensor | None]], size: int) -> None:
+        self._copies = copies
+        self._size = size
+
+    def values(self) -> Floats:
+        """K float32 in the selection's order; waits for the device, so not for the training thread."""
+        if len(self._copies) == 1 and self._copies[0][1] is None:
+            return self._copies[0][0].array()
+        out = np.empty(self._size, np.float32)
+        for copy, among in self._copies:
+            assert among is not None
+            out[among.numpy()] = copy.array()
+        return out
+
+
+@dataclass(slots=True)
+class _Copy:
+    host: Tensor
+    event: torch.cuda.Event | None
+
+    def array(self) -> Floats:
+        if self.event is not None:
+            self.event.synchronize()
+        array: Floats = self.host.numpy()
+        return array
+
+
+def _to_host(values: Tensor) -> _Copy:
+    if values.device.type != "cuda":
+        return _Copy(values.cpu(), None)
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    host.copy_(values, non_blocking=True)
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record(torch.cuda.current_stream(values.device))
+    return _Copy(host, event)
+
+
+def _segment(name: str, tensor: Tensor) -> Segment:
+    return Segment(name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+
+
+def _statistics_of(module: nn.Module, extra: set[str]) -> list[tuple[str, Tensor]]:
+    """Running means and variances of normalisation layers, and the buffers that were asked for, in order."""
+    wanted = set(extra)
+    for prefix, layer in module.named_modules():
+        if isinstance(layer, _NormBase):
+            wanted |= {f"{prefix}.{n}".lstrip(".") for n in ("running_mean", "running_var")}
+    found = [(n, b) for n, b in module.named_buffers() if n in wanted]
+    missing = extra - {n for n, _ in found}
+    if missing:
+        raise ConfigError(f"the model has no buffer {sorted(missing)[0]!r} to average")
+    for name, buffer in found:
+        if buffer.dtype not in FLOATING:
+            raise ConfigError(f"buffer {name} has dtype {buffer.dtype}, which cannot be averaged")
+    return found
+
+
+def _frozen_checksum(module: nn.Module, statistics: set[str]) -> int:
+    """CRC-32 over what never travels. Batch counters are left out: they differ as soon as training starts."""
+    checksum = 0
+    frozen = [(n, p) for n, p in module.named_parameters() if not p.requires_grad]
+    buffers = [
+        (n, b) for n, b in module.named_buffers() if n not in statistics and not n.endswith("num_batches_tracked")
+    ]
+    for name, tensor in (*frozen, *buffers):
+        header = _segment(name, tensor).describe()
+        raw = tensor.detach().contiguous().reshape(-1).cpu().view(torch.uint8)
+        checksum = zlib.crc32(raw.numpy().data, zlib.crc32(header.encode(), checksum))
+    return checksum
