@@ -4,3 +4,6 @@ This package imports NumPy and nothing else: no sockets, threads, clocks or torc
 events and the time as arguments and returns effects, so the same code runs under gRPC, under a virtual
 clock, and in tests that enumerate bad schedules.
 """
+
+PROTOCOL_VERSION = 1
+"""Raised whenever a worker and a server of two releases would misunderstand each other."""

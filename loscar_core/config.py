@@ -10,13 +10,11 @@ import math
 from dataclasses import dataclass
 from enum import StrEnum
 
+from loscar_core import PROTOCOL_VERSION as PROTOCOL_VERSION
 from loscar_core.errors import ConfigError
 from loscar_core.merge import MergeKind
 from loscar_core.selection import SelectionKind, count_for
 from loscar_core.values import ValueType
-
-PROTOCOL_VERSION = 1
-"""Raised whenever a worker and a server of two releases would misunderstand each other."""
 
 MAX_SEED = (1 << 63) - 1
 

@@ -24,7 +24,7 @@
     ├── WorkerFailedError        a worker process of a run ended with an error
     └── InterruptedRunError      the user forced the end
 
-`exit_code` is the process's exit status, `grpc_status` the name of the gRPC status code under which the error
+`summary` says in a few words what happened, `exit_code` is the process's exit status, `grpc_status` the name of the gRPC status code under which the error
 travels, `retriable` whether the same call may succeed later without anybody changing anything, and `hint`
 one line that says what to do.
 """
@@ -37,6 +37,7 @@ from typing import ClassVar
 class LoscarError(Exception):
     """Base of all errors raised on purpose; `str(error)` is one readable line."""
 
+    summary: ClassVar[str] = "an error inside loscar"
     exit_code: ClassVar[int] = 1
     grpc_status: ClassVar[str] = "INTERNAL"
     retriable: ClassVar[bool] = False
@@ -44,27 +45,32 @@ class LoscarError(Exception):
 
 
 class ConfigError(LoscarError):
+    summary = "an option or a setting is wrong"
     exit_code = 3
     grpc_status = "INVALID_ARGUMENT"
     hint = "correct the option named above; `loscar COMMAND --help` lists the accepted values"
 
 
 class UnknownTaskError(ConfigError):
+    summary = "the task cannot be loaded"
     exit_code = 8
     hint = "give a built-in task's name or package.module:factory"
 
 
 class DataMissingError(ConfigError):
+    summary = "a data file is missing"
     exit_code = 9
     hint = "put the file where the message says, name its folder with --data-dir, or try --download"
 
 
 class PortInUseError(ConfigError):
+    summary = "the port is taken"
     exit_code = 10
     hint = "choose another port with --listen, or stop the process that holds this one"
 
 
 class ConnectError(LoscarError):
+    summary = "no server answered in time"
     exit_code = 4
     grpc_status = "UNAVAILABLE"
     retriable = True
@@ -72,30 +78,35 @@ class ConnectError(LoscarError):
 
 
 class AuthenticationError(LoscarError):
+    summary = "wrong token or certificate"
     exit_code = 11
     grpc_status = "UNAUTHENTICATED"
     hint = "give the run's token with --token or LOSCAR_TOKEN, and check the certificates"
 
 
 class ProtocolError(LoscarError):
+    summary = "a message broke the protocol"
     exit_code = 12
     grpc_status = "INVALID_ARGUMENT"
     hint = "worker and server disagree: run the same loscar version on both sides"
 
 
 class VersionMismatchError(ProtocolError):
+    summary = "the two sides speak different protocol versions"
     exit_code = 6
     grpc_status = "FAILED_PRECONDITION"
     hint = "install the same loscar version on the worker and the server"
 
 
 class WrongRunError(ProtocolError):
+    summary = "the server holds another run"
     exit_code = 7
     grpc_status = "FAILED_PRECONDITION"
     hint = "join the run that this server holds, or leave --run-id out to take whichever it is"
 
 
 class WrongModelError(ProtocolError):
+    summary = "the worker's model is not the run's"
     exit_code = 5
     grpc_status = "FAILED_PRECONDITION"
     hint = "every worker of a run must build the same model: names, shapes, dtypes and frozen values"
@@ -114,11 +125,13 @@ class MalformedError(ProtocolError):
 
 
 class NonFiniteError(ProtocolError):
+    summary = "the model holds NaN or infinity"
     exit_code = 13
     hint = "the training diverged: lower the learning rate, or clip gradients"
 
 
 class RefusedError(LoscarError):
+    summary = "the server is full, or the slot is taken"
     exit_code = 14
     grpc_status = "RESOURCE_EXHAUSTED"
     retriable = True
@@ -126,28 +139,33 @@ class RefusedError(LoscarError):
 
 
 class SupersededError(LoscarError):
+    summary = "a newer worker took over the name"
     exit_code = 15
     grpc_status = "ABORTED"
     hint = "another process joined under the same --name: give each worker its own"
 
 
 class ReplicaDivergedError(LoscarError):
+    summary = "this machine's replica differs from the server's"
     exit_code = 16
     grpc_status = "DATA_LOSS"
     hint = "this machine computes different sums: check its memory, and that nothing sets flush-to-zero"
 
 
 class ModelChangedError(LoscarError):
+    summary = "the model was moved or cast after joining"
     exit_code = 17
     hint = "move or cast the model before joining, never after"
 
 
 class SessionFailedError(LoscarError):
+    summary = "the background task died"
     exit_code = 18
     hint = "the cause is shown above"
 
 
 class ServerLostError(LoscarError):
+    summary = "the server stayed away too long"
     exit_code = 19
     grpc_status = "UNAVAILABLE"
     retriable = True
@@ -155,11 +173,13 @@ class ServerLostError(LoscarError):
 
 
 class WorkerFailedError(LoscarError):
+    summary = "a process of the run failed"
     exit_code = 20
     hint = "the worker's own message is in the run folder's logs"
 
 
 class InterruptedRunError(LoscarError):
+    summary = "the run was forced to end"
     exit_code = 130
     hint = "the run was forced to end; the run folder holds what was written until then"
 

@@ -201,10 +201,7 @@ class ServerRound:
         part = state.part
         self._sum_in_order(state, skip=[s for s in self._order if s not in state.received])
         state.incoming.clear()
-        if part.statistics:
-            payloads = self._close_statistics(state)
-        else:
-            payloads = self._close_values(state)
+        payloads = self._close_statistics(state) if part.statistics else self._close_values(state)
         included = bitmap(state.received, self._order[-1] + 1 if self._order else 1)
         state.answer = [
             Answer(self.plan.round, part.index, offset, payload, included if offset == 0 else b"")

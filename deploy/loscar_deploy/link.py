@@ -24,18 +24,17 @@ import contextlib
 import errno
 import math
 import random
-import signal
 import socket
 import struct
-import sys
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Final, Self, cast
 
 from loscar_core.errors import ConfigError, PortInUseError
 from loscar_deploy.link_spec import DirectionSpec, LinkSpec
+from loscar_wire.transport import format_address
 
 _READ_BYTES: Final = 64 * 1024
 _WRITE_BATCH_BYTES: Final = 64 * 1024
@@ -676,75 +675,3 @@ class LinkFarm:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.close()
-
-
-def format_address(host: str, port: int) -> str:
-    """HOST:PORT, with brackets around an IPv6 host."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def parse_address(text: str, option: str) -> tuple[str, int]:
-    """Host and port of HOST:PORT or [IPV6]:PORT; `option` names the source in the ConfigError otherwise."""
-    host, colon, port_text = text.strip().rpartition(":")
-    if host.startswith("[") and host.endswith("]"):
-        host = host[1:-1]
-    elif ":" in host:
-        raise ConfigError(f"{option} {text}: put an IPv6 host in brackets: [{host}]:{port_text}")
-    if not (colon and host and port_text.isascii() and port_text.isdigit() and int(port_text) <= 65535):
-        raise ConfigError(f"{option} {text}: expected HOST:PORT with a port up to 65535, such as 127.0.0.1:50051")
-    return host, int(port_text)
-
-
-async def run_link(
-    listen: str,
-    to: str,
-    spec: str,
-    *,
-    seed: int = 0,
-    stop: asyncio.Event | None = None,
-    say: Callable[[str], None] = lambda line: print(line, flush=True),
-) -> None:
-    """Runs one link until `stop` is set or, without one, until SIGINT or SIGTERM.
-
-    Says one line when it listens and one with the byte totals at the end. Raises ConfigError for a wrong
-    address or spec, and PortInUseError when `listen` is taken.
-    """
-    listen_host, listen_port = parse_address(listen, "--listen")
-    target_host, target_port = parse_address(to, "--to")
-    if target_port == 0:
-        raise ConfigError(f"--to {to}: port 0 cannot be connected to")
-    proxy = LinkProxy(target_host, target_port, LinkSpec.parse(spec), seed=seed)
-    loop = asyncio.get_running_loop()
-    handled: list[signal.Signals] = []
-    if stop is None:
-        stop = asyncio.Event()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, stop.set)
-            handled.append(number)
-    try:
-        await proxy.start(listen_host, listen_port)
-        try:
-            say(f"link listening on {format_address(*proxy.address)}, to {to}: {proxy.spec}")
-            await stop.wait()
-        finally:
-            await proxy.close()
-        totals = f"{proxy.bytes_up} bytes up, {proxy.bytes_down} bytes down"
-        say(f"link closed: {totals}, {proxy.connections_total} connections")
-    finally:
-        for number in handled:
-            loop.remove_signal_handler(number)
-
-
-def main(listen: str, to: str, spec: str, seed: int) -> int:
-    """`loscar link`: runs one link in the foreground until SIGINT or SIGTERM and returns the exit status.
-
-    Raises ConfigError for a wrong address or spec, and PortInUseError when `listen` is taken.
-    """
-    loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None
-    if sys.platform != "win32":
-        import uvloop
-
-        loop_factory = uvloop.new_event_loop
-    with asyncio.Runner(loop_factory=loop_factory) as runner:
-        runner.run(run_link(listen, to, spec, seed=seed))
-    return 0

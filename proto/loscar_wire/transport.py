@@ -94,15 +94,19 @@ class ServerSecurity:
 
 
 def parse_address(text: str, option: str) -> tuple[str, int]:
-    """HOST:PORT (or [v6]:PORT). Raises ConfigError naming the option."""
-    host, separator, port = text.rpartition(":")
-    host = host.strip("[]")
-    if not separator or not host or not port.isdigit() or int(port) > 65535:
-        raise ConfigError(f"{option} {text!r} is not HOST:PORT")
-    return host, int(port)
+    """Host and port of HOST:PORT or [IPV6]:PORT; `option` names the source in the ConfigError otherwise."""
+    host, colon, port_text = text.strip().rpartition(":")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host:
+        raise ConfigError(f"{option} {text}: put an IPv6 host in brackets: [{host}]:{port_text}")
+    if not (colon and host and port_text.isascii() and port_text.isdigit() and int(port_text) <= 65535):
+        raise ConfigError(f"{option} {text}: expected HOST:PORT with a port up to 65535, such as 127.0.0.1:50051")
+    return host, int(port_text)
 
 
 def format_address(host: str, port: int) -> str:
+    """HOST:PORT, with brackets around an IPv6 host."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 

@@ -27,10 +27,12 @@ import pytest
 import uvloop
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loscar_deploy.link import DirectionModel, LinkFarm, LinkProxy, parse_address, run_link
-from loscar_deploy.link_spec import DirectionSpec, LinkSpec
 
 from loscar_core.errors import ConfigError, PortInUseError
+from loscar_deploy.link import DirectionModel, LinkFarm, LinkProxy
+from loscar_deploy.link_app import run_link
+from loscar_deploy.link_spec import DirectionSpec, LinkSpec
+from loscar_wire.transport import parse_address
 
 T = TypeVar("T")
 Loop = Callable[[], asyncio.AbstractEventLoop]
@@ -741,7 +743,7 @@ def test_run_link_says_where_it_listens_and_what_it_passed() -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_command_ends_on_signals(number: signal.Signals) -> None:
-    code = "from loscar_deploy.link import main; raise SystemExit(main('127.0.0.1:0', '127.0.0.1:9', 'lan', 0))"
+    code = "from loscar_deploy.link_app import main; raise SystemExit(main('127.0.0.1:0', '127.0.0.1:9', 'lan', 0))"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:

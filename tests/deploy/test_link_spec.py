@@ -9,9 +9,9 @@ from typing import get_args
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loscar_deploy.link_spec import PRESETS, DirectionSpec, Distribution, LinkSpec, parse_links
 
 from loscar_core.errors import ConfigError
+from loscar_deploy.link_spec import PRESETS, DirectionSpec, Distribution, LinkSpec, parse_links
 
 durations = st.floats(0, 60, allow_nan=False) | st.integers(0, 60_000).map(lambda ms: ms / 1000)
 times = st.floats(0, 86_400, allow_nan=False)

@@ -203,4 +203,3 @@ def wait_changed(mailbox: Mailbox, version: int, timeout_s: float) -> float:
     with mailbox.changed:
         mailbox.changed.wait_for(lambda: mailbox.version != version, timeout_s)
     return time.monotonic() - started
-

@@ -104,6 +104,7 @@ class Session:
         self.name = engine.name
         self.idle_s = 0.0
         self.service_s = 0.0
+        self.joined_at_start = True
         self._pid = os.getpid()
         self._view = view
         self._pace = pace
@@ -122,6 +123,9 @@ class Session:
         self._closed = False
         self._background = Background(engine, view, options, self._report)
         self._cycle = Cycle(1, 1.0, None, time.monotonic())
+        self._joined_s = 0.0
+        self._merge_kind = MergeKind.DELAY_CORRECTED
+        self._max_steps: int | None = None
 
     # --- joining --------------------------------------------------------------------------------------------
 
@@ -148,6 +152,7 @@ class Session:
         self._cycle = _cycle(self._pace, config.local_steps, config.sync_interval_s, config.overlap_steps)
         elapsed = max(0.0, self.engine.elapsed_s)
         self._t0 = time.monotonic() - elapsed
+        self.joined_at_start = self.engine.anchor.position.round == 0
         self._joined_s = elapsed
         self._end_if_over()
 

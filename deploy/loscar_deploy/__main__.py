@@ -1,0 +1,8 @@
+"""`python -m loscar_deploy` is `loscar`."""
+
+import sys
+
+from loscar_deploy.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,218 @@
+"""The command line's options: spelled once, shared by the commands, turned into the configuration's dataclasses.
+
+Values are parsed here and not by argparse, so that a wrong one is one readable line with an exit code of its own
+instead of a page of usage. Imports nothing heavy at the top: `loscar --help` must be quick.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from argparse import ArgumentParser, Namespace
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from loscar_core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from loscar_core.config import RunConfig, ServerLimits
+    from loscar_wire.transport import ClientSecurity, ServerSecurity
+
+E = TypeVar("E", bound=Enum)
+
+_UNITS_S = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
+
+
+def seconds(option: str, text: str) -> float:
+    """A duration such as 15ms, 2.5s or 10m. Raises ConfigError naming the option."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([a-z]*)\s*", text)
+    if match is None or match[2] not in _UNITS_S:
+        raise ConfigError(f"{option} {text!r} is not a duration: write a number and us, ms, s, m or h, such as 15ms")
+    return float(match[1]) * _UNITS_S[match[2]]
+
+
+def whole(option: str, text: str, least: int = 0) -> int:
+    """A whole number, also as 1e6. Raises ConfigError naming the option."""
+    try:
+        number = float(text)
+        if number != int(number):
+            raise ValueError
+        value = int(text) if re.fullmatch(r"[+-]?\d+", text.strip()) else int(number)
+    except (ValueError, OverflowError):
+        raise ConfigError(f"{option} {text!r} is not a whole number") from None
+    if value < least:
+        raise ConfigError(f"{option} {text!r} is below {least}")
+    return value
+
+
+def number(option: str, text: str) -> float:
+    """Raises ConfigError naming the option."""
+    try:
+        return float(text)
+    except ValueError:
+        raise ConfigError(f"{option} {text!r} is not a number") from None
+
+
+def steps_or_auto(option: str, text: str | None) -> int | None:
+    """A number of steps, or None for "auto"."""
+    if text is None or text == "auto":
+        return None
+    try:
+        return whole(option, text)
+    except ConfigError:
+        raise ConfigError(f"{option} {text!r} is neither a number of steps nor auto") from None
+
+
+def numbers(option: str, text: str, count: int | None) -> list[float]:
+    """Comma-separated numbers: one for all, or one for each of `count` workers."""
+    values = [number(option, piece) for piece in text.split(",")]
+    if count is None or len(values) == count:
+        return values
+    if len(values) == 1:
+        return values * count
+    raise ConfigError(f"{option} {text!r} has {len(values)} values for {count} workers: give one, or one for each")
+
+
+# --- declarations -------------------------------------------------------------------------------------------
+
+
+def add_run(parser: ArgumentParser) -> None:
+    """What every member of a run shares."""
+    group = parser.add_argument_group("the run")
+    group.add_argument("--density", metavar="P", default="0.05", help="share of the coordinates that a round carries")
+    group.add_argument("--coordinates", metavar="K", help="an exact number of coordinates instead of --density")
+    group.add_argument("--selection", metavar="KIND", default="sweep", help="sweep, random, block or all")
+    group.add_argument("--wire-dtype", metavar="TYPE", default="float32", help="float32, bfloat16, float16 or int8")
+    group.add_argument("--merge", metavar="KIND", default="delay-corrected", help="delay-corrected or overwrite")
+    group.add_argument("--method", metavar="NAME", default="loscar", help="the training method: loscar")
+    group.add_argument(
+        "--local-steps", metavar="N", default="auto", help="steps from a merge to the next snapshot, or auto"
+    )
+    group.add_argument(
+        "--sync-interval", metavar="TIME", default="250ms", help="with auto: time from a merge to the next snapshot"
+    )
+    group.add_argument(
+        "--overlap-steps", metavar="Q", default="auto", help="steps from a snapshot to its merge; 0 blocks; or auto"
+    )
+    group.add_argument("--rounds", metavar="N", help="end after so many rounds")
+    group.add_argument("--duration", metavar="TIME", help="end after so much run time")
+    group.add_argument("--max-steps", metavar="N", help="end when one worker has taken so many steps")
+    group.add_argument("--final-round", metavar="KIND", default="dense", help="how the run ends: dense or none")
+    group.add_argument("--seed", metavar="N", default="0", help="seeds selections, models and data order")
+
+
+def add_limits(parser: ArgumentParser) -> None:
+    """A server's patience."""
+    group = parser.add_argument_group("patience")
+    group.add_argument("--start-grace", metavar="TIME", default="5s", help="without --workers: the wait after a join")
+    group.add_argument("--lease", metavar="TIME", default="15s", help="silence after which a member is gone")
+    group.add_argument("--round-cap", metavar="TIME", default="2m", help="longest time one member can hold up a round")
+    group.add_argument(
+        "--recover-after", metavar="TIME", default="1m", help="without state: wait so long for a majority"
+    )
+
+
+def add_client(parser: ArgumentParser) -> None:
+    """How a client proves who it is."""
+    group = parser.add_argument_group("security")
+    group.add_argument("--token", help="the run's token (default: LOSCAR_TOKEN)")
+    group.add_argument("--tls-ca", metavar="FILE", type=Path, help="authority of the server's certificate: TLS on")
+    group.add_argument("--tls-cert", metavar="FILE", type=Path, help="own certificate, for mutual TLS")
+    group.add_argument("--tls-key", metavar="FILE", type=Path, help="its key")
+
+
+def add_server_security(parser: ArgumentParser) -> None:
+    group = parser.add_argument_group("security")
+    group.add_argument("--token", help="what every call must carry (default: LOSCAR_TOKEN)")
+    group.add_argument("--tls-cert", metavar="FILE", type=Path, help="the server's certificate: turns TLS on")
+    group.add_argument("--tls-key", metavar="FILE", type=Path, help="its key")
+    group.add_argument("--tls-client-ca", metavar="FILE", type=Path, help="authority of the workers' certificates")
+    group.add_argument("--insecure", action="store_true", help="serve beyond this machine without TLS and token")
+
+
+def add_task(parser: ArgumentParser) -> None:
+    group = parser.add_argument_group("the task")
+    group.add_argument("--task", default="digits", help="a built-in task, or package.module:factory")
+    group.add_argument("--data-dir", metavar="DIR", type=Path, help="its data (default: LOSCAR_DATA_DIR, then .data)")
+    group.add_argument("--download", action="store_true", help="fetch missing data first")
+    group.add_argument("--batch-size", metavar="N", help="override the task's")
+    group.add_argument("--lr", metavar="RATE", help="override the task's")
+    group.add_argument("--partition", default="iid", metavar="HOW", help="iid, dirichlet:ALPHA or by-label")
+
+
+# --- conversions --------------------------------------------------------------------------------------------
+
+
+def run_config(args: Namespace) -> RunConfig:
+    """Raises ConfigError for every wrong value."""
+    from loscar_core.config import FinalRound, RunConfig
+    from loscar_core.merge import parse_merge
+    from loscar_core.selection import SelectionKind
+    from loscar_core.values import ValueType
+
+    if args.method != "loscar":
+        raise ConfigError(f"--method {args.method!r} is not a method of this version: use loscar")
+    return RunConfig(
+        seed=whole("--seed", args.seed),
+        density=_density(args.density),
+        coordinates=None if args.coordinates is None else whole("--coordinates", args.coordinates, 1),
+        selection=_member(SelectionKind, "--selection", args.selection),
+        value_type=_member(ValueType, "--wire-dtype", args.wire_dtype),
+        merge=parse_merge(args.merge),
+        local_steps=steps_or_auto("--local-steps", args.local_steps),
+        sync_interval_s=seconds("--sync-interval", args.sync_interval),
+        overlap_steps=steps_or_auto("--overlap-steps", args.overlap_steps),
+        rounds=None if args.rounds is None else whole("--rounds", args.rounds, 1),
+        duration_s=None if args.duration is None else seconds("--duration", args.duration),
+        max_steps=None if args.max_steps is None else whole("--max-steps", args.max_steps, 1),
+        final_round=_member(FinalRound, "--final-round", args.final_round),
+    )
+
+
+def _density(text: str) -> float:
+    density = number("--density", text)
+    if not 0 < density <= 1:
+        raise ConfigError(f"--density {text} is outside (0, 1]: it is the share of the coordinates a round carries")
+    return density
+
+
+def _member(kind: type[E], option: str, text: str) -> E:
+    try:
+        return kind(text)
+    except ValueError:
+        known = ", ".join(str(member.value) for member in kind)
+        raise ConfigError(f"{option} {text!r} is not one of {known}") from None
+
+
+def server_limits(args: Namespace, workers: int | None) -> ServerLimits:
+    from loscar_core.config import ServerLimits
+
+    lease = seconds("--lease", args.lease)
+    return ServerLimits(
+        workers=workers,
+        start_grace_s=seconds("--start-grace", args.start_grace),
+        lease_s=lease,
+        heartbeat_s=min(2.0, lease / 4),
+        round_cap_s=seconds("--round-cap", args.round_cap),
+        recover_after_s=seconds("--recover-after", args.recover_after),
+    )
+
+
+def token(args: Namespace) -> str | None:
+    given: str | None = args.token if args.token is not None else os.environ.get("LOSCAR_TOKEN")
+    return given or None
+
+
+def client_security(args: Namespace) -> ClientSecurity:
+    from loscar_wire.transport import ClientSecurity
+
+    return ClientSecurity(token(args), args.tls_ca, args.tls_cert, args.tls_key)
+
+
+def server_security(args: Namespace) -> ServerSecurity:
+    from loscar_wire.transport import ServerSecurity
+
+    if (args.tls_cert is None) != (args.tls_key is None):
+        raise ConfigError("--tls-cert and --tls-key belong together: give both or neither")
+    return ServerSecurity(token(args), args.tls_cert, args.tls_key, args.tls_client_ca, args.insecure)

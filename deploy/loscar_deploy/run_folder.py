@@ -1,0 +1,106 @@
+"""The run folder: config.toml, metrics.jsonl, model.safetensors, summary.json, and each process's log."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from loscar_core.errors import ConfigError
+from loscar_wire._generated import parameter_server_pb2 as pb
+
+RUNS = Path("runs")
+
+
+class RunFolder:
+    """One run's folder.
+
+    Args:
+        path: where; None makes a new one under ./runs, named by the time.
+
+    Raises:
+        ConfigError: the folder holds a run already, or cannot be written.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path if path is not None else _fresh()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if self.summary.exists() or self.config.exists():
+                raise ConfigError(f"--out {self.path} holds a run already: give another folder")
+            (self.path / "logs").mkdir(exist_ok=True)
+            (self.path / "workers").mkdir(exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"--out {self.path} cannot be written: {error.strerror or error}") from None
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.toml"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model.safetensors"
+
+    @property
+    def summary(self) -> Path:
+        return self.path / "summary.json"
+
+    def log(self, name: str) -> Path:
+        return self.path / "logs" / f"{name}.log"
+
+    def worker_result(self, name: str) -> Path:
+        return self.path / "workers" / f"{name}.json"
+
+    def worker_rounds(self, name: str) -> Path:
+        return self.path / "workers" / f"{name}.rounds.jsonl"
+
+    def write_config(self, values: dict[str, Any]) -> None:
+        """Options as they were given or defaulted; those that are not set are left out (TOML has no null)."""
+        known = {k: v for k, v in values.items() if v is not None}
+        self.config.write_text(tomli_w.dumps(known), encoding="utf-8")
+
+    def append_metrics(self, reply: pb.StatusReply) -> None:
+        """One line for a server status: what each worker had done by then."""
+        line = {
+            "elapsed_s": round(reply.elapsed_s, 3),
+            "epoch": reply.epoch,
+            "round": reply.round,
+            "bytes_in": reply.bytes_in,
+            "bytes_out": reply.bytes_out,
+            "workers": [
+                {
+                    "name": m.name,
+                    "slot": m.slot,
+                    "state": m.state,
+                    "steps": m.report.steps,
+                    "loss": m.report.loss if m.report.HasField("loss") else None,
+                    "idle_s": round(m.report.idle_s, 4),
+                    "merged_round": m.merged_round,
+                    "missed": m.missed,
+                    "local_steps": m.local_steps,
+                    "overlap_steps": m.overlap_steps,
+                    "bytes_up": m.report.bytes_up,
+                    "bytes_down": m.report.bytes_down,
+                }
+                for m in reply.members
+                if not m.observer
+            ],
+        }
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def _fresh() -> Path:
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    for suffix in ("", *(f"-{i}" for i in range(2, 100))):
+        path = RUNS / f"{stamp}{suffix}"
+        if not path.exists():
+            return path
+    raise ConfigError(f"there are a hundred runs of {stamp} under {RUNS} already")

@@ -1,0 +1,244 @@
+"""The worker process: load a task, join, train until the run is over, write down what happened."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from loscar_core.errors import ConfigError
+from loscar_worker.session import RoundRecord, Session, join
+from loscar_worker.tasks import Task, load_task
+from loscar_worker.tasks.partition import Batches, partition
+
+log = logging.getLogger("loscar.worker")
+
+DURATIONS_KEPT = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerOptions:
+    """One worker process.
+
+    Attributes:
+        servers: "HOST:PORT[,HOST:PORT]".
+        task: name or package.module:factory.
+        data_dir: where its data are, or None for the default.
+        name, slot, token, run_id: see `loscar_worker.join`.
+        local_steps, sync_interval_s, overlap_steps: overrides of the server's pace.
+        workers: N, for partitions; None samples the whole training set.
+        partition: which part of the training set slot i of N takes.
+        seed: of the model and the data order.
+        slowdown: how many times slower than it is this machine pretends to be.
+        step_time_s: a floor under a step's time, slept; times `slowdown`.
+        batch_size, lr: overrides of the task's.
+        device: "auto", "cpu", "cuda", "cuda:1", …
+        threads: torch's compute threads, or None for torch's choice.
+        result: JSON file for the figures at the end.
+        rounds_log: JSON-lines file for every merged round.
+    """
+
+    servers: str
+    task: str = "digits"
+    data_dir: Path | None = None
+    name: str | None = None
+    slot: int | None = None
+    token: str | None = None
+    run_id: bytes = b""
+    local_steps: int | str | None = None
+    sync_interval_s: float | None = None
+    overlap_steps: int | str | None = None
+    workers: int | None = None
+    partition: str = "iid"
+    seed: int = 0
+    slowdown: float = 1.0
+    step_time_s: float = 0.0
+    batch_size: int | None = None
+    lr: float | None = None
+    device: str = "auto"
+    threads: int | None = None
+    connect_timeout_s: float = 60.0
+    server_timeout_s: float = 600.0
+    tls_ca: Path | None = None
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    result: Path | None = None
+    rounds_log: Path | None = None
+
+
+def choose_device(text: str) -> torch.device:
+    """Raises ConfigError for a device that is not here."""
+    if text == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(text)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"--device {text}: {str(error).splitlines()[0]}") from None
+    return device
+
+
+class Stopper:
+    """First SIGINT or SIGTERM: leave after the current step. Second: end at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def install(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, _: object) -> None:
+        if self.asked:
+            os._exit(128 + number)
+        self.asked = True
+
+
+class StepTimer:
+    """Makes steps as slow as asked and remembers how long they took.
+
+    Args:
+        floor_s: shortest time of a step, slowdown included.
+        slowdown: with no floor, how many times a step's own time is taken.
+    """
+
+    def __init__(self, floor_s: float, slowdown: float) -> None:
+        self._floor_s = floor_s * slowdown
+        self._slowdown = slowdown
+        self.durations_s: deque[float] = deque(maxlen=DURATIONS_KEPT)
+
+    def finish(self, started: float) -> None:
+        """Sleep what is missing of the step that began at `started` (perf_counter)."""
+        took = time.perf_counter() - started
+        wanted = max(self._floor_s, took * self._slowdown if self._floor_s == 0 else 0.0)
+        if wanted > took:
+            time.sleep(wanted - took)
+        self.durations_s.append(time.perf_counter() - started)
+
+    @property
+    def median_s(self) -> float:
+        return statistics.median(self.durations_s) if self.durations_s else 0.0
+
+
+def run_worker(options: WorkerOptions) -> int:
+    """Train until the run is over or a signal asks to leave; returns the exit status.
+
+    Raises:
+        LoscarError: see `loscar_worker.join` and `Session.step`.
+    """
+    if options.slowdown < 1:
+        raise ConfigError(f"slowdown {options.slowdown:g} is below 1: a machine can only be made slower")
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    stopper = Stopper()
+    stopper.install()
+    task = load_task(options.task, options.data_dir, batch_size=options.batch_size, lr=options.lr)
+    device = choose_device(options.device)
+    model = task.make_model(options.seed).to(device)
+    optimizer = task.make_optimizer(model)
+    timer = StepTimer(options.step_time_s, options.slowdown)
+    rounds = open(options.rounds_log, "w", encoding="utf-8") if options.rounds_log else None  # noqa: SIM115
+    try:
+        session = _join(options, model, rounds)
+        with session:
+            _train(session, task, model, optimizer, _batches(options, task, session), timer, stopper)
+        if options.result is not None:
+            write_json(options.result, figures(session, timer))
+    finally:
+        if rounds is not None:
+            rounds.close()
+    return 0
+
+
+def _join(options: WorkerOptions, model: torch.nn.Module, rounds: IO[str] | None) -> Session:
+    on_round: Callable[[RoundRecord], None] | None = None
+    if rounds is not None:
+        file = rounds
+
+        def write_round(record: RoundRecord) -> None:
+            file.write(json.dumps(asdict(record)) + "\n")
+
+        on_round = write_round
+    session = join(
+        options.servers,
+        model,
+        token=options.token,
+        name=options.name,
+        slot=options.slot,
+        run_id=options.run_id,
+        local_steps=options.local_steps,
+        sync_interval_s=options.sync_interval_s,
+        overlap_steps=options.overlap_steps,
+        tls_ca=options.tls_ca,
+        tls_cert=options.tls_cert,
+        tls_key=options.tls_key,
+        connect_timeout_s=options.connect_timeout_s,
+        server_timeout_s=options.server_timeout_s,
+        on_round=on_round,
+    )
+    log.info("%s joined run %s at slot %d", session.name, session.run_id, session.slot)
+    return session
+
+
+def _batches(options: WorkerOptions, task: Task, session: Session) -> Batches:
+    indices = partition(task.labels(), options.partition, options.workers, session.slot, options.seed)
+    # Who joins a running run must not repeat the order of whoever had the slot before.
+    incarnation = 0 if session.joined_at_start else int.from_bytes(session.engine.incarnation[:4], "little")
+    return Batches(task.train, indices, task.batch_size, seed=options.seed, slot=session.slot, incarnation=incarnation)
+
+
+def _train(
+    session: Session,
+    task: Task,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Batches,
+    timer: StepTimer,
+    stopper: Stopper,
+) -> None:
+    model.train()
+    while not session.finished and not stopper.asked:
+        started = time.perf_counter()
+        loss = task.loss(model, next(batches))
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        optimizer.zero_grad()
+        timer.finish(started)
+        session.step(loss=loss)
+
+
+def figures(session: Session, timer: StepTimer) -> dict[str, Any]:
+    """What a worker reports at its end."""
+    engine = session.engine
+    return {
+        "name": session.name,
+        "slot": session.slot,
+        "finished": session.finished,
+        "steps": session.steps,
+        "run_seconds": session.run_s,
+        "idle_seconds": session.idle_s,
+        "idle_fraction": session.idle_fraction,
+        "service_seconds": session.service_s,
+        "step_seconds_median": timer.median_s,
+        "bytes_up": engine.bytes_up,
+        "bytes_down": engine.bytes_down,
+        "contributions": session.contributions,
+        "reconnects": session.reconnects,
+    }
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a file whole or not at all."""
+    part = path.with_suffix(path.suffix + ".part")
+    part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    part.replace(path)
