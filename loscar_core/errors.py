@@ -24,9 +24,9 @@
     ├── WorkerFailedError        a worker process of a run ended with an error
     └── InterruptedRunError      the user forced the end
 
-`summary` says in a few words what happened, `exit_code` is the process's exit status, `grpc_status` the name of the gRPC status code under which the error
-travels, `retriable` whether the same call may succeed later without anybody changing anything, and `hint`
-one line that says what to do.
+`summary` says in a few words what happened, `exit_code` is the process's exit status, `grpc_status` the name of the
+gRPC status code under which the error travels, `retriable` whether the same call may succeed later without anybody
+changing anything, and `hint` one line that says what to do.
 """
 
 from __future__ import annotations

@@ -112,7 +112,8 @@ def require_same(ours: Layout, theirs: Layout) -> None:
         for expected, found in zip(mine, yours, strict=False):
             if expected != found:
                 raise WrongModelError(
-                    f"wrong model: the run's {group} have {expected.describe()} where this worker's have {found.describe()}"
+                    f"wrong model: the run's {group} have {expected.describe()} "
+                    f"where this worker's have {found.describe()}"
                 )
         if len(mine) != len(yours):
             longer, whose = (mine, "the run has") if len(mine) > len(yours) else (yours, "this worker has")

@@ -77,6 +77,29 @@ def numbers(option: str, text: str, count: int | None) -> list[float]:
 # --- declarations -------------------------------------------------------------------------------------------
 
 
+RUN_OPTIONS = (
+    "density",
+    "coordinates",
+    "selection",
+    "wire_dtype",
+    "merge",
+    "method",
+    "local_steps",
+    "sync_interval",
+    "overlap_steps",
+    "rounds",
+    "duration",
+    "max_steps",
+    "final_round",
+    "seed",
+    "start_grace",
+    "lease",
+    "round_cap",
+    "recover_after",
+)
+"""What `add_run` and `add_limits` declare, as a run hands it on to its server."""
+
+
 def add_run(parser: ArgumentParser) -> None:
     """What every member of a run shares."""
     group = parser.add_argument_group("the run")

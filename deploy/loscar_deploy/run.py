@@ -8,6 +8,7 @@ import json
 import signal
 import sys
 from argparse import Namespace
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from loscar_deploy.client import Client
 from loscar_deploy.link import LinkFarm
 from loscar_deploy.link_spec import LinkSpec
 from loscar_deploy.model_file import load_model, save_model
+from loscar_deploy.options import RUN_OPTIONS
 from loscar_deploy.run_folder import RunFolder
 from loscar_deploy.table import Progress
 from loscar_wire._generated import parameter_server_pb2 as pb
@@ -29,11 +31,7 @@ METRICS_EVERY_S = 1.0
 START_TIMEOUT_S = 60.0
 END_TIMEOUT_S = 60.0
 
-_RUN_OPTIONS = (
-    "density coordinates selection wire_dtype merge method local_steps sync_interval overlap_steps rounds duration "
-    "max_steps final_round seed start_grace lease round_cap recover_after"
-).split()
-_TASK_OPTIONS = "task data_dir batch_size lr partition seed".split()
+_TASK_OPTIONS = ("task", "data_dir", "batch_size", "lr", "partition", "seed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +53,7 @@ class RunPlan:
     slowdown: tuple[float, ...]
 
 
-def _flags(args: Namespace, names: list[str]) -> list[str]:
+def _flags(args: Namespace, names: Iterable[str]) -> list[str]:
     """Options as the children's command lines take them."""
     flags: list[str] = []
     for name in names:
@@ -126,7 +124,7 @@ class LocalRun:
     async def _start_server(self) -> str:
         args = self._plan.args
         flags = ["--listen", "127.0.0.1:0", "--workers", str(self._plan.workers), "--linger", "10m", "--json"]
-        flags += _flags(args, _RUN_OPTIONS)
+        flags += _flags(args, RUN_OPTIONS)
         log = self._folder.log("server")
         self._server = server = await self._children.start("server", ["server", *flags], log, read_stdout=True)
         assert server.process.stdout is not None
