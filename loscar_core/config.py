@@ -13,6 +13,7 @@ from enum import StrEnum
 from loscar_core import PROTOCOL_VERSION as PROTOCOL_VERSION
 from loscar_core.errors import ConfigError
 from loscar_core.merge import MergeKind
+from loscar_core.robust import Aggregate, NormBound
 from loscar_core.selection import SelectionKind, count_for
 from loscar_core.values import ValueType
 
@@ -114,6 +115,9 @@ class ServerLimits:
         recover_after_s: how long a server without state waits for a majority before it takes the furthest anchor.
         max_members: members at a time, observers included.
         max_dimension: largest model that is accepted, in coordinates.
+        aggregate, trim: how contributions become one, see `loscar_core.robust`.
+        norm_bound: contributions this many times larger than usual are refused, or None.
+        clone_below: newcomers get a live worker's unsent progress when rounds carry less than this share.
         max_backlog_rounds: unsent rounds after which a member is caught up by value instead.
     """
 
@@ -127,6 +131,10 @@ class ServerLimits:
     recover_after_s: float = 60.0
     max_members: int = 4096
     max_dimension: int = 1 << 36
+    aggregate: Aggregate = Aggregate.MEAN
+    trim: float = 0.1
+    norm_bound: float | None = None
+    clone_below: float = 0.5
     max_backlog_rounds: int = 8
 
     def __post_init__(self) -> None:
@@ -135,6 +143,8 @@ class ServerLimits:
         for name in ("lease_s", "heartbeat_s", "round_cap_s", "deadline_cycles"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} {getattr(self, name)} is not positive")
+        if self.norm_bound is not None:
+            NormBound(self.norm_bound)
         for name in ("start_grace_s", "slot_reserve_s", "recover_after_s"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name} {getattr(self, name)} is negative")

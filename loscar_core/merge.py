@@ -48,6 +48,34 @@ def parse_merge(text: str) -> MergeKind:
         raise ConfigError(f"merge {text!r} is not one of {', '.join(MergeKind)}") from None
 
 
+class RejoinKind(StrEnum):
+    """What a worker does with its own unsent progress after a long absence (ours; no paper describes it)."""
+
+    PROJECT = "project"
+    """Leave out what points the way that the others went meanwhile: see `projection`."""
+    KEEP = "keep"
+    DROP = "drop"
+
+
+def parse_rejoin(text: str) -> RejoinKind:
+    """Raises: ConfigError: naming the known rules."""
+    try:
+        return RejoinKind(text)
+    except ValueError:
+        raise ConfigError(f"rejoin {text!r} is not one of {', '.join(RejoinKind)}") from None
+
+
+def projection(progress_dot_gain: float, gain_dot_gain: float) -> float:
+    """β of x = c + u − β(c − a), with u = x − a the worker's progress and g = c − a what the run gained meanwhile.
+
+    β = clip(⟨u, g⟩ / ⟨g, g⟩, 0, 1): progress that the others made too is not added twice. After a long absence u and
+    g point much the same way, and x = c + u would overshoot.
+    """
+    if not gain_dot_gain > 0:
+        return 0.0
+    return min(1.0, max(0.0, progress_dot_gain / gain_dot_gain))
+
+
 def merge(kind: MergeKind, live: V, anchor: V, new_anchor: V, sent: V | None) -> V:
     """The live values after a round, on its selection.
 

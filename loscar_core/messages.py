@@ -49,6 +49,8 @@ class Purpose(IntEnum):
     """Server to worker: consensus values on the coordinates that were missed."""
     ANCHOR = 2
     """Worker to server: its anchor, for a server that lost its state."""
+    PROGRESS = 3
+    """Worker to server to newcomer: x − a, a live worker's progress that is not in the consensus yet."""
 
 
 # --- worker to server ---------------------------------------------------------------------------------------

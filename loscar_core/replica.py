@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from loscar_core.plan import History, HistoryEntry, RoundPlan
+from loscar_core.plan import HISTORY_ROUNDS, History, HistoryEntry, RoundPlan
 from loscar_core.selection import SelectionKind
 from loscar_core.state import InclusionTable, Lineage, Position
 
@@ -61,6 +61,21 @@ class Replica:
         """The state before round 1; the arrays are kept, not copied."""
         return cls(vector, statistics, digest=checksum_of(vector, statistics))
 
+    def copy(self) -> Replica:
+        """A copy that shares no array and no table."""
+        other = Replica(
+            self.vector.copy(),
+            self.statistics.copy(),
+            self.position,
+            self.digest,
+            self.lineage,
+            self.inclusion.copy(),
+            members=self.members,
+        )
+        for entry in self.history.last(HISTORY_ROUNDS):
+            other.history.append(entry)
+        return other
+
     def gather(self, plan: RoundPlan, indices: Indices, start: int, stop: int) -> Floats:
         """The vector's values at positions [start, stop) of a selection."""
         if plan.selection is SelectionKind.ALL:
@@ -106,6 +121,10 @@ class Replica:
         self.history.append(HistoryEntry(self.position, plan, digest))
         self.inclusion.record(plan.round, bitmaps, roster)
         self.members = members
+
+    def digest_at(self, position: Position) -> int | None:
+        """The digest after a round of this state, or None when it is not remembered."""
+        return self.digest if position == self.position else self.history.digest_at(position)
 
     def next_digest(self, values: Floats, statistics: Floats | None) -> int:
         """The digest after a round that leaves `values` on its selection."""

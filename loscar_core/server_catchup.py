@@ -6,6 +6,8 @@ the union of the missed selections from the seeds, and the server streams the co
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from loscar_core.errors import MalformedError
@@ -13,7 +15,7 @@ from loscar_core.messages import CatchUp, Purpose, StateOffer, VectorChunk
 from loscar_core.plan import RoundPlan, missed_coordinates
 from loscar_core.replica import Floats, Replica
 from loscar_core.server_members import Stream
-from loscar_core.state import InclusionTable, Lineage
+from loscar_core.state import InclusionTable, Lineage, Position
 from loscar_core.values import require_finite
 
 STREAM_VALUES = 1 << 16
@@ -24,7 +26,12 @@ RECENT_SENT = 16
 
 
 def plan_catch_up(
-    state: Replica, seed: int, lineage: Lineage, round_: int | None, recent: tuple[RoundPlan, ...]
+    state: Replica,
+    seed: int,
+    lineage: Lineage,
+    round_: int | None,
+    recent: tuple[RoundPlan, ...] = (),
+    digests: Mapping[Position, int] | None = None,
 ) -> tuple[CatchUp, Stream | None]:
     """What a member lacks.
 
@@ -34,6 +41,9 @@ def plan_catch_up(
         lineage: of the member's replica.
         round_: the round that the replica holds, or None when it is not to be trusted.
         recent: plans of the last rounds that it committed; some may have been abandoned.
+        digests: what the replica's digest was after its last rounds; the last round that both sides share must be
+            among them, with the same digest, or the member is sent everything: two server processes that called
+            themselves by the same epoch number are told apart by that. None when the replica is known to be a copy.
 
     Returns:
         The announcement, and the stream that must follow it (None when nothing is missing).
@@ -41,10 +51,13 @@ def plan_catch_up(
     base, plans = 0, None
     if round_ is not None:
         base = state.lineage.last_common_round(state.position.round, lineage, round_)
-        newer = state.history.since(base, state.position.round)
-        abandoned = tuple(p for p in recent if base < p.round <= round_)
-        if newer is not None and len(abandoned) == round_ - base:
-            plans = abandoned + newer
+        shared = Position(state.lineage.epoch_of(base), base)
+        known = None if digests is None else digests.get(shared)
+        if digests is None or (known is not None and known == state.digest_at(shared)):
+            newer = state.history.since(base, state.position.round)
+            abandoned = tuple(p for p in recent if base < p.round <= round_)
+            if newer is not None and len(abandoned) == round_ - base:
+                plans = abandoned + newer
     indices = missed_coordinates(seed, state.vector.size, plans)
     full = indices is None
     announcement = CatchUp(

@@ -9,6 +9,7 @@ It holds the consensus, the members and the open round; it knows neither sockets
 
 from __future__ import annotations
 
+from dataclasses import replace
 from enum import StrEnum
 
 import numpy as np
@@ -32,6 +33,7 @@ from loscar_core.errors import (
     RefusedError,
     SupersededError,
     VersionMismatchError,
+    WrongModelError,
     WrongRoundError,
     WrongRunError,
 )
@@ -60,12 +62,14 @@ from loscar_core.messages import (
 )
 from loscar_core.plan import RoundKind, RoundPlan, end_plan, plan_round
 from loscar_core.replica import Floats, Replica
+from loscar_core.robust import NormBound
+from loscar_core.saved_state import SavedState
 from loscar_core.server_catchup import StateTransfer, next_slice, plan_catch_up
 from loscar_core.server_members import Member, MemberState, MemberTable
 from loscar_core.server_recovery import Claim, choose
 from loscar_core.server_round import ServerRound
 from loscar_core.state import INCARNATION_BYTES, Lineage, Position
-from loscar_core.values import ValueType
+from loscar_core.values import ValueType, require_finite
 
 
 class Phase(StrEnum):
@@ -85,9 +89,13 @@ class ServerMachine:
         limits: this server's patience.
         run_id: 16 bytes.
         now: server clock in seconds, monotonic.
+        checkpoint: a state of this run to go on from, unless a majority of workers holds a later one. Its
+            configuration counts, apart from when the run ends.
     """
 
-    def __init__(self, config: RunConfig, limits: ServerLimits, run_id: bytes, now: float) -> None:
+    def __init__(
+        self, config: RunConfig, limits: ServerLimits, run_id: bytes, now: float, checkpoint: SavedState | None = None
+    ) -> None:
         self.config = config
         self.limits = limits
         self.run_id = run_id
@@ -100,9 +108,13 @@ class ServerMachine:
         self.members = MemberTable(limits)
         self.refused: dict[str, int] = {}
         self.stop_reason: str | None = None
+        self.retired: str | None = None
+        """Why this process answers nobody any more, if so."""
         self.roster: list[bytes | None] = []
         self._slot_changes: dict[int, bytes] = {}
+        self._norm_bound = None if limits.norm_bound is None else NormBound(limits.norm_bound)
         self._claims: dict[int, Claim] = {}
+        self._relays: dict[int, tuple[int, int]] = {}  # donor's stream -> (newcomer's, values relayed)
         self._epochs_heard = 0
         self._transfer: StateTransfer | None = None
         self._elapsed_before = 0.0
@@ -113,6 +125,13 @@ class ServerMachine:
         self._last_join = now
         self._now = now
         self._out: list[ServerEffect] = []
+        self._checkpoint = checkpoint
+        if checkpoint is not None:
+            self.run_id = checkpoint.run_id
+            self.layout = checkpoint.layout
+            self.epoch = checkpoint.epoch + 1
+            self._epochs_heard = checkpoint.epoch
+            self.phase = Phase.RECOVERING
 
     # --- events ---------------------------------------------------------------------------------------------
 
@@ -131,19 +150,22 @@ class ServerMachine:
                 member.heard_s = now
                 self._dispatch(member, message)
         except LoscarError as error:
-            self.refuse(peer, error, now)
+            self._refuse(peer, error)
         return self._flush()
 
     def refuse(self, peer: int, error: LoscarError, now: float) -> list[ServerEffect]:
         """End a stream that broke a rule; also for messages that the transport could not even decode."""
         self._now = now
+        self._refuse(peer, error)
+        return self._flush()
+
+    def _refuse(self, peer: int, error: LoscarError) -> None:
         key = type(error).__name__
         self.refused[key] = self.refused.get(key, 0) + 1
+        self._out.append(Close(peer, error=error))
         member = self.members.by_peer.get(peer)
         if member is not None:
             self._remove(member, Reason.REFUSED, str(error))
-        self._out.append(Close(peer, error=error))
-        return self._flush()
 
     def disconnected(self, peer: int, now: float) -> list[ServerEffect]:
         """A stream has ended without a goodbye."""
@@ -187,6 +209,7 @@ class ServerMachine:
         elif self.phase in (Phase.WAITING, Phase.READYING) and len(self.members):
             times += [t for t in [self._last_join + self.limits.start_grace_s] if t > self._now]
         elif self.phase is Phase.RECOVERING:
+            times += [t for t in [self._last_join + self.limits.start_grace_s] if t > self._now]
             times += [t for t in [self._recovering_since + self.limits.recover_after_s] if t > self._now]
         return min((t for t in times if t is not None), default=None)
 
@@ -203,6 +226,21 @@ class ServerMachine:
             self._dismiss(member, Reason.SERVER_STOPPED, "the server is shutting down")
         return self._flush()
 
+    def saved_state(self, now: float) -> SavedState | None:
+        """A copy of the run's state for a checkpoint; None while there is none."""
+        if self.replica is None or self.layout is None:
+            return None
+        residual = None if self.residual is None else self.residual.copy()
+        return SavedState(
+            self.run_id,
+            self.epoch,
+            self.config,
+            self.layout,
+            self.replica.copy(),
+            residual,
+            max(0.0, self.elapsed_s(now)),
+        )
+
     def elapsed_s(self, now: float) -> float:
         """Run time: seconds since t = 0, over all server processes; -1 before."""
         if self._t0 is None:
@@ -214,37 +252,56 @@ class ServerMachine:
 
     def _hello(self, peer: int, hello: Hello) -> None:
         self._check_identity(hello)
-        if self.layout is None:
-            if hello.layout.dimension > self.limits.max_dimension:
-                raise RefusedError(
-                    f"{hello.layout.dimension} coordinates; this server takes at most {self.limits.max_dimension}"
-                )
-            self.config.count(hello.layout.dimension)
-            self.layout = hello.layout
-        else:
-            require_same(self.layout, hello.layout)
-        self.members.check(hello)
+        self._check_layout(hello)
+        self.members.check(hello, self._now)
         self._check_epoch(hello)
         self._supersede(hello)
+        if self.layout is None and not hello.observer:
+            self._set_layout(hello.layout)
         member = self.members.add(peer, hello, self._now)
         self._epochs_heard = max(self._epochs_heard, hello.epoch)
         self._last_join = self._now
+        if self._checkpoint is not None and len(self.members) == 1:
+            self._recovering_since = self._now
         if not member.observer:
             self._take_slot(member)
         self._out.append(MemberJoined(member.name, member.slot, member.observer))
-        if self.replica is None and hello.position.round > 0 and not member.observer:
+        if hello.position.round > 0 and not member.observer and self._stateless:
             self._claims[peer] = Claim.of(peer, hello)
-            if self.phase is not Phase.RECOVERING and (self._transfer is None or self._transfer.offer is None):
-                self.phase = Phase.RECOVERING
-                self._recovering_since = self._now
-                self._transfer = None
-                self._out.append(Notice("workers hold a state of this run: recovering it"))
+            if self.phase is not Phase.RECOVERING and not self._adopting:
+                self._recover()
         self._welcome(member)
         if self.replica is not None:
             self._catch_up_from_hello(member)
         elif self.phase is Phase.RECOVERING:
             self._try_adopt()
+        elif self.phase is Phase.FINISHED:
+            self._dismiss(member, Reason.FINISHED, "the run was ended before it began")
         self._try_start()
+
+    @property
+    def _stateless(self) -> bool:
+        """No round is closed here: a worker that has closed one knows better."""
+        return self.phase is not Phase.FINISHED and (self.replica is None or self.replica.position.round == 0)
+
+    @property
+    def _adopting(self) -> bool:
+        """A worker's anchor is on its way here."""
+        return self._transfer is not None and self._transfer.purpose is Purpose.ANCHOR
+
+    def _recover(self) -> None:
+        """A worker holds a state of this run: whatever was begun here without it is given up."""
+        self._out.append(Notice("workers hold a state of this run: recovering it"))
+        if self.replica is not None:
+            self._epochs_heard = max(self._epochs_heard, self.epoch)
+            for member in self.members.by_peer.values():
+                member.state, member.ready = MemberState.JOINING, False
+                member.following, member.stream = False, None
+        self.phase = Phase.RECOVERING
+        self._recovering_since = self._now
+        self._transfer = self.replica = self.residual = self.round = None
+        self._t0 = None
+        self._elapsed_before = 0.0
 
     def _check_identity(self, hello: Hello) -> None:
         if hello.protocol_version != PROTOCOL_VERSION:
@@ -258,12 +315,33 @@ class ServerMachine:
         if not 0 < len(hello.name) <= 200 or not hello.name.isprintable():
             raise MalformedError("a worker's name must be 1 to 200 printable characters")
 
+    def _check_layout(self, hello: Hello) -> None:
+        if self.layout is not None:
+            require_same(self.layout, hello.layout)
+            return
+        size = hello.layout.dimension + hello.layout.statistics_size
+        if size > self.limits.max_dimension:
+            raise RefusedError(f"{size} coordinates; this server takes at most {self.limits.max_dimension}")
+        self.config.count(hello.layout.dimension)
+
+    def _set_layout(self, layout: Layout) -> None:
+        """The first worker says what the model is; observers that came before it must agree."""
+        self.layout = layout
+        for member in list(self.members.by_peer.values()):
+            try:
+                require_same(layout, member.hello.layout)
+            except WrongModelError as error:
+                self._refuse(member.peer, error)
+
     def _check_epoch(self, hello: Hello) -> None:
         """A worker that has met a later epoch: this server is the stale one, unless others say otherwise."""
-        if hello.epoch <= self.epoch or self.replica is None:
+        if self.retired is not None:
+            raise WrongRoundError(self.retired)
+        if hello.epoch <= self.epoch or self._stateless:
             return
         text = f"{hello.name} has met epoch {hello.epoch}; this server is in {self.epoch}"
         if not self.members.workers():
+            self.retired = text
             self._out.append(SteppedDown(text))
         raise WrongRoundError(text)
 
@@ -345,6 +423,16 @@ class ServerMachine:
     def _try_adopt(self) -> None:
         waited = self._now - self._recovering_since >= self.limits.recover_after_s
         choice = choose(list(self._claims.values()), waited=waited)
+        saved = self._checkpoint
+        if saved is not None and (choice is None or choice.position.round <= saved.replica.position.round):
+            # With nobody's claim to compare with, the checkpoint counts once everybody is there.
+            fresh = not self._claims and len(self.members) > 0 and self._enough(len(self.members.workers()))
+            if choice is not None or fresh or (waited and len(self.members) > 0):
+                self._out.append(Notice(f"going on from the checkpoint at {saved.replica.position}"))
+                self._take_over(saved.replica, saved.config, saved.elapsed_s)
+                if self.residual is not None and saved.residual is not None:
+                    self.residual[:] = saved.residual
+            return
         if choice is None:
             return
         majority = "" if choice.by_majority else ", which is no majority"
@@ -352,27 +440,39 @@ class ServerMachine:
         self._ask_for_state(self.members.by_peer[choice.peer], Purpose.ANCHOR)
 
     def _vector_chunk(self, member: Member, chunk: VectorChunk) -> None:
+        if chunk.purpose is Purpose.PROGRESS:
+            self._relay(member, chunk)
+            return
         transfer = self._transfer
         if transfer is None or transfer.peer != member.peer:
             return  # no longer wanted: another donor was chosen meanwhile
         if not transfer.add(chunk):
             return
-        self.replica = transfer.replica()
         offer = transfer.offer
         if offer is None:
-            self.replica.position = Position(self.epoch, 0)
+            self._take_over(transfer.replica(), None, 0.0)
         else:
-            self.epoch = max(self._epochs_heard, offer.position.epoch) + 1
-            self.config = offer.config
-            self._elapsed_before = max(offer.elapsed_s, 0.0)
+            self._take_over(transfer.replica(), offer.config, max(offer.elapsed_s, 0.0))
+
+    def _take_over(self, state: Replica, config: RunConfig | None, elapsed_s: float) -> None:
+        """Make a state the run's: the initial one (without a configuration of its own), or a recovered one."""
+        self.replica = state
+        if config is None:
+            state.position = Position(self.epoch, 0)
+        else:
+            self.epoch = max(self._epochs_heard, state.position.epoch) + 1
+            own = self.config
+            self.config = replace(config, rounds=own.rounds, duration_s=own.duration_s, max_steps=own.max_steps)
+            self._elapsed_before = elapsed_s
         self._transfer = None
+        self._checkpoint = None
         self._claims.clear()
         if self.config.value_type is not ValueType.FLOAT32:
             self.residual = np.zeros(self.replica.vector.size, np.float32)
         self.phase = Phase.READYING
         self._last_join = self._now
         for each in list(self.members.by_peer.values()):
-            if offer is not None:
+            if config is not None:
                 self._welcome(each)
             self._catch_up_from_hello(each)
 
@@ -482,6 +582,7 @@ class ServerMachine:
         if member.observer or member.stream is not None:
             return
         member.ready = True
+        self._clone(member)
         current = self.round
         if current is not None and current.slots.get(member.slot) == member.incarnation:
             member.state = MemberState.ACTIVE  # back within the round that it belonged to
@@ -489,6 +590,44 @@ class ServerMachine:
             self._try_start()
         else:
             self._advance()
+
+    def _clone(self, member: Member) -> None:
+        """Give a newcomer a live worker's unsent progress.
+
+        At low density the consensus is far behind the live models: a newcomer that starts from it would drag the
+        average back. Without a donor it starts from the consensus all the same.
+        """
+        state = self.replica
+        if member.cloned or state is None or self.phase is not Phase.RUNNING or self.round is None:
+            return
+        member.cloned = True
+        sparse = self.config.count(state.vector.size) < self.limits.clone_below * state.vector.size
+        if member.hello.position.round > 0 or state.position.round == 0 or not sparse:
+            return
+        donors = [m for m in self.members.active() if m.peer not in self._relays and m is not member]
+        if donors:
+            donor = max(donors, key=lambda m: (m.contributed, -m.slot))
+            self._relays[donor.peer] = (member.peer, 0)
+            self._out.append(Notice(f"{member.name} starts where {donor.name} is"))
+            self._send(donor, SendState(Purpose.PROGRESS))
+
+    def _relay(self, donor: Member, chunk: VectorChunk) -> None:
+        assert self.replica is not None
+        peer, relayed = self._relays.get(donor.peer, (0, 0))
+        newcomer = self.members.by_peer.get(peer)
+        size = self.replica.vector.size
+        count = len(chunk.values) // 4
+        if newcomer is None:
+            self._relays.pop(donor.peer, None)
+            return  # it left meanwhile
+        if chunk.total != size or chunk.offset != relayed or len(chunk.values) % 4 or not 0 < count <= size - relayed:
+            raise MalformedError(f"a chunk of progress at {chunk.offset} of {chunk.total}; {relayed} was next")
+        require_finite(np.frombuffer(chunk.values, "<f4"), "a worker's progress")
+        self._send(newcomer, chunk)
+        if relayed + count == size:
+            del self._relays[donor.peer]
+        else:
+            self._relays[donor.peer] = (peer, relayed + count)
 
     # --- rounds ---------------------------------------------------------------------------------------------
 
@@ -520,7 +659,9 @@ class ServerMachine:
             if member.ready and member.following and member.stream is None:
                 member.state = MemberState.ACTIVE
         slots = {m.slot: m.incarnation for m in self.members.active()}
-        self.round = ServerRound(plan, self.config.seed, self.replica, self.residual, slots)
+        self.round = ServerRound(
+            plan, self.config.seed, self.replica, self.residual, slots, self.limits, self._norm_bound
+        )
         self._round_opened = self._now
 
     def _present(self) -> list[Member]:
@@ -630,12 +771,13 @@ class ServerMachine:
         """Forget a member; the open round does not wait for it any more."""
         self.members.remove(member, reason, detail, self._now)
         self._claims.pop(member.peer, None)
+        self._relays.pop(member.peer, None)
         if self.round is not None and self.round.slots.get(member.slot) == member.incarnation:
             self.round.forget_unfinished(member.slot)
         self._out.append(MemberGone(self.members.departures[-1]))
         if self._transfer is not None and self._transfer.peer == member.peer:
             self._transfer = None
-            self.phase = Phase.RECOVERING if self._claims else Phase.WAITING
+            self.phase = Phase.RECOVERING if self._claims or self._checkpoint else Phase.WAITING
             if self.phase is Phase.RECOVERING:
                 self._try_adopt()
         if not self.members.workers() and self.phase is Phase.WAITING:

@@ -61,6 +61,8 @@ class Member:
         behind: rounds committed since its outbox was last seen empty.
         sent_round: the last round whose commit was queued for it.
         merged_round: the last round that it says it has merged.
+        ready: it holds what it was sent and may be waited for.
+        cloned: it has been given a live worker's progress, or needs none.
         stream: values that it is catching up with, if any.
         heard_s, joined_s: server clock.
         cycles_s: its last cycles: from a round's opening to its whole contribution.
@@ -80,6 +82,7 @@ class Member:
     sent_round: int = 0
     merged_round: int = 0
     ready: bool = False
+    cloned: bool = False
     stream: Stream | None = None
     cycles_s: deque[float] = field(default_factory=lambda: deque(maxlen=CYCLE_SAMPLES))
     missed: int = 0
@@ -145,8 +148,8 @@ class MemberTable:
     def named(self, name: str) -> Member | None:
         return next((m for m in self.by_peer.values() if m.name == name), None)
 
-    def check(self, hello: Hello) -> None:
-        """Refuse a hello that cannot become a member.
+    def check(self, hello: Hello, now: float) -> None:
+        """Refuse a hello that cannot become a member. The slot of a worker that comes back is a wish.
 
         Raises:
             SupersededError: a newer incarnation of its name was here already.
@@ -158,11 +161,12 @@ class MemberTable:
         if len(self) - (present is not None) >= self._limits.max_members:
             raise RefusedError(f"the server is full: {self._limits.max_members} members")
         if hello.slot is not None and not hello.observer:
-            holder = self._holder(hello.slot, hello.name)
-            if holder is not None:
-                raise RefusedError(f"slot {hello.slot} belongs to {holder!r}")
             if not 0 <= hello.slot < self._limits.max_members:
                 raise RefusedError(f"slot {hello.slot} is outside 0..{self._limits.max_members - 1}")
+            self._expire(now)
+            holder = self._holder(hello.slot, hello.name)
+            if holder is not None and hello.epoch == 0:
+                raise RefusedError(f"slot {hello.slot} belongs to {holder!r}")
 
     def _holder(self, slot: int, name: str) -> str | None:
         for m in self.by_peer.values():
@@ -183,7 +187,7 @@ class MemberTable:
         return member
 
     def _slot_for(self, hello: Hello) -> int:
-        if hello.slot is not None:
+        if hello.slot is not None and self._holder(hello.slot, hello.name) is None:
             return hello.slot
         own = [slot for slot, (name, _) in self._reserved.items() if name == hello.name]
         if own:

@@ -13,10 +13,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from loscar_core.config import ServerLimits
 from loscar_core.errors import MalformedError, WrongRoundError, WrongSelectionError
 from loscar_core.messages import Answer, Contribution
 from loscar_core.plan import Part, RoundPlan, parts_of, slices
 from loscar_core.replica import Floats, Indices, Replica
+from loscar_core.robust import Aggregate, NormBound, combine
 from loscar_core.state import bitmap
 from loscar_core.values import ValueType, decode, encode, value_count
 
@@ -58,10 +60,19 @@ class ServerRound:
         replica: the state that the round builds on; read, never written.
         residual: what earlier answers lost to quantisation, d float32, or None with float32 answers.
         slots: the active members when the round opened, slot -> incarnation.
+        limits: how contributions become one.
+        norm_bound: what refuses outsized contributions, or None.
     """
 
     def __init__(
-        self, plan: RoundPlan, seed: int, replica: Replica, residual: Floats | None, slots: dict[int, bytes]
+        self,
+        plan: RoundPlan,
+        seed: int,
+        replica: Replica,
+        residual: Floats | None,
+        slots: dict[int, bytes],
+        limits: ServerLimits,
+        norm_bound: NormBound | None = None,
     ) -> None:
         dimension = replica.vector.size
         self.plan = plan
@@ -77,6 +88,8 @@ class ServerRound:
         self._open = len(self._sums)
         self._replica = replica
         self._residual = residual
+        self._limits = limits
+        self._norm_bound = norm_bound
 
     @property
     def members(self) -> int:
@@ -162,6 +175,8 @@ class ServerRound:
             if incoming.filled < part.size:
                 return False
             whole = incoming.values
+        if self._norm_bound is not None and not part.statistics:
+            self._norm_bound.check(whole)
         state.incoming.pop(slot, None)
         state.received[slot] = crc
         state.waiting[slot] = whole
@@ -182,6 +197,8 @@ class ServerRound:
                 raise MalformedError(f"part {state.part.index}: sent again with other bytes")
 
     def _sum_in_order(self, state: _PartSum, skip: Iterable[int]) -> None:
+        if self._limits.aggregate is not Aggregate.MEAN:
+            return  # a median needs all of them at once
         skipped = set(skip)
         while state.summed < len(self._order):
             slot = self._order[state.summed]
@@ -208,13 +225,25 @@ class ServerRound:
             for offset, payload in payloads
         ]
         state.total = None
+        state.waiting.clear()
         self._open -= 1
         return state.answer
 
+    def _mean(self, state: _PartSum, divisor: int) -> Floats | None:
+        """What the contributions to a part amount to; None when there is none."""
+        if self._limits.aggregate is not Aggregate.MEAN:
+            if not state.waiting:
+                return None
+            return combine(self._limits.aggregate, self._limits.trim, [v for _, v in sorted(state.waiting.items())])
+        if state.total is not None:
+            state.total /= np.float32(divisor)
+        return state.total
+
     def _close_values(self, state: _PartSum) -> list[tuple[int, bytes]]:
         part = state.part
-        mean = np.zeros(part.size, np.float32) if state.total is None else state.total
-        mean /= np.float32(self.members)
+        mean = self._mean(state, self.members)
+        if mean is None:
+            mean = np.zeros(part.size, np.float32)
         here = slice(part.start, part.stop)
         if self._residual is not None:
             mean += self._residual.take(self.indices[here])
@@ -236,8 +265,9 @@ class ServerRound:
         part = state.part
         assert self.new_statistics is not None
         here = self.new_statistics[part.start : part.stop]
-        if state.total is not None:
-            np.divide(state.total, np.float32(len(state.received)), out=here)
+        mean = self._mean(state, len(state.received))
+        if mean is not None:
+            here[:] = mean
         return [
             (offset, encode(here[offset : offset + length], ValueType.FLOAT32))
             for offset, length in slices(part, ANSWER_BYTES // 4)

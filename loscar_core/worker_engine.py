@@ -100,6 +100,7 @@ class Update:
         statistics: values to assign, or None.
         settles: round of this worker's snapshot that is hereby answered or given back, or None.
         plan: of the answered round, or None for a catch-up.
+        long_absence: more rounds were missed than it takes to send every coordinate once.
     """
 
     round: int
@@ -110,6 +111,12 @@ class Update:
     statistics: Floats | None
     settles: int | None
     plan: RoundPlan | None
+    long_absence: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ProgressWanted:
+    """A newcomer wants this worker's unsent progress: call `progress` with the live vector."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +146,7 @@ class RoundTrip:
     stamp_ns: int
 
 
-WorkerEffect = Emit | Initialise | RoundOpen | Update | RunEnded | Dismissed | RoundTrip
+WorkerEffect = Emit | Initialise | RoundOpen | Update | ProgressWanted | RunEnded | Dismissed | RoundTrip
 
 
 @dataclass(slots=True)
@@ -216,6 +223,8 @@ class WorkerEngine:
         self._catching_up: _CatchingUp | None = None
         self._diverged = False
         self._refreshing = False
+        self._progress: Floats | None = None
+        self._progress_filled = 0
         self._out: list[WorkerEffect] = []
 
     # --- the connection -------------------------------------------------------------------------------------
@@ -313,6 +322,9 @@ class WorkerEngine:
     def _send_state(self, purpose: Purpose) -> None:
         """Hand the anchor over: as the initial model, or to a server that lost its state."""
         anchor = self.anchor
+        if purpose is Purpose.PROGRESS:
+            self._out.append(ProgressWanted())
+            return
         if purpose is Purpose.ANCHOR:
             assert self.config is not None
             self._out.append(
@@ -335,6 +347,31 @@ class WorkerEngine:
             payload = values.astype("<f4", copy=False).tobytes()
             self._out.append(Emit(VectorChunk(purpose, start, total, payload)))
 
+    def progress(self, values: Floats) -> list[WorkerEffect]:
+        """Send x − a to whoever asked for it; `values` is x, d float32, with every update so far merged."""
+        delta = values - self.anchor.vector
+        require_finite(delta, "the model's progress")
+        return [
+            Emit(VectorChunk(Purpose.PROGRESS, start, delta.size, delta[start : start + STREAM_VALUES].tobytes()))
+            for start in range(0, delta.size, STREAM_VALUES)
+        ]
+
+    def _progress_chunk(self, chunk: VectorChunk) -> None:
+        """A live worker's unsent progress: a newcomer starts where that worker is, not at the older consensus."""
+        size = self.anchor.vector.size
+        values = np.frombuffer(chunk.values, "<f4")
+        if chunk.offset == 0:
+            self._progress = np.zeros(size, np.float32)
+            self._progress_filled = 0
+        if self._progress is None or chunk.total != size or chunk.offset != self._progress_filled:
+            raise MalformedError(f"a live worker's progress at {chunk.offset}; {self._progress_filled} was next")
+        require_finite(values, "a live worker's progress")
+        self._progress[chunk.offset : chunk.offset + values.size] = values
+        self._progress_filled += values.size
+        if self._progress_filled == size:
+            whole, self._progress = self._progress, None
+            self._out.append(Update(0, None, np.zeros(size, np.float32), whole, None, None, None, None))
+
     # --- catching up ----------------------------------------------------------------------------------------
 
     def _catch_up(self, message: CatchUp) -> None:
@@ -354,6 +391,9 @@ class WorkerEngine:
             self._caught_up()
 
     def _vector_chunk(self, chunk: VectorChunk) -> None:
+        if chunk.purpose is Purpose.PROGRESS:
+            self._progress_chunk(chunk)
+            return
         state = self._catching_up
         if state is None or chunk.purpose is not Purpose.CATCH_UP or chunk.total != state.values.size:
             raise MalformedError("values that were not announced")
@@ -395,7 +435,10 @@ class WorkerEngine:
             self.initialised = True
             self._out.append(Initialise(anchor.vector, anchor.statistics))
         else:
-            self._settle(indices, old, new, statistics)
+            assert self.config is not None
+            full_cycle = size_of_cycle(self.config, anchor.vector.size)
+            long_absence = told.position.round - before > full_cycle
+            self._settle(indices, old, new, statistics, long_absence)
         self._diverged = self._diverged and before >= anchor.position.round
         self._out.append(Emit(Ready(anchor.position)))
         if self._receiving is not None:
@@ -403,7 +446,9 @@ class WorkerEngine:
         elif self.plan is not None and self.plan.kind is RoundKind.END:
             self._end()
 
-    def _settle(self, indices: Indices | None, old: Floats, new: Floats, statistics: Floats | None) -> None:
+    def _settle(
+        self, indices: Indices | None, old: Floats, new: Floats, statistics: Floats | None, long_absence: bool
+    ) -> None:
         """Move the model with the anchor; then subtract, or add back, what of this worker's contributions the
         caught-up state has or no longer has."""
         anchor = self.anchor
@@ -412,7 +457,7 @@ class WorkerEngine:
         settled = max((n for n in waiting if self.ledger.records[n].decided), default=None)
         if new.size or settled is not None:
             moved = indices if new.size else np.empty(0, np.int64)
-            self._out.append(Update(0, moved, old, new, None, statistics, settled, None))
+            self._out.append(Update(0, moved, old, new, None, statistics, settled, None, long_absence))
         for record, subtract, add_back in todo:
             values = anchor.vector.take(record.indices)
             for mask, give_back in ((subtract, False), (add_back, True)):
@@ -653,3 +698,8 @@ class WorkerEngine:
 
 def _all_or(plan: RoundPlan, indices: Indices) -> Indices | None:
     return None if plan.selection is SelectionKind.ALL else indices
+
+
+def size_of_cycle(config: RunConfig, dimension: int) -> int:
+    """Rounds in which every coordinate is sent once: 1/density."""
+    return -(-dimension // config.count(dimension))

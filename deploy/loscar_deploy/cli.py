@@ -31,6 +31,7 @@ def _server(args: Namespace) -> int:
     import uvloop
 
     from loscar_server.app import ServerOptions, ServerProcess, serve
+    from loscar_server.service import StreamLimits
 
     workers = None if args.workers is None else o.whole("--workers", args.workers, 1)
     server = ServerOptions(
@@ -40,7 +41,17 @@ def _server(args: Namespace) -> int:
         limits=o.server_limits(args, workers),
         security=o.server_security(args),
         linger_s=o.seconds("--linger", args.linger),
+        checkpoints=args.checkpoints,
+        checkpoint_every_s=o.seconds("--checkpoint-every", args.checkpoint_every),
+        keep=o.whole("--keep", args.keep, 1),
+        resume=args.resume,
+        guard=StreamLimits(
+            o.whole("--streams-per-host", args.streams_per_host, 1),
+            o.whole("--joins-per-second", args.joins_per_second, 1),
+        ),
     )
+    if args.resume and args.checkpoints is None:
+        raise ConfigError("--resume needs --checkpoints: the folder to go on from")
 
     def ready(process: ServerProcess) -> None:
         if args.json:
@@ -178,6 +189,47 @@ def _link(args: Namespace) -> int:
     return link(args.listen, args.to, args.spec, o.whole("--seed", args.seed))
 
 
+def _certs(args: Namespace) -> int:
+    from importlib.util import find_spec
+
+    if find_spec("cryptography") is None:
+        raise ConfigError("this command needs the cryptography package: pip install 'loscar[certs]'")
+    from loscar_deploy.certs import make_certificates
+
+    hosts = [h for h in args.hosts.split(",") if h]
+    workers = [w for w in (args.workers or "").split(",") if w]
+    written = make_certificates(args.folder, hosts, workers, o.whole("--days", args.days, 1))
+    if args.json:
+        _print_json({"written": [str(path) for path in written]})
+    else:
+        for path in written:
+            print(path)
+    return 0
+
+
+def _doctor(args: Namespace) -> int:
+    from loscar_deploy.doctor import Questions, examine, report
+
+    findings = examine(
+        Questions(
+            server=args.server,
+            listen=args.listen,
+            security=o.client_security(args),
+            server_certificate=args.server_cert,
+            server_key=args.server_key,
+            task=args.task,
+            data_dir=args.data_dir,
+            out=args.out,
+        )
+    )
+    if args.json:
+        _print_json(report(findings))
+    else:
+        for finding in findings:
+            print(f"{finding.state:<8} {finding.check}: {finding.text}")
+    return next((f.exit_code for f in findings if f.exit_code), 0)
+
+
 # --- the parser ---------------------------------------------------------------------------------------------
 
 
@@ -219,6 +271,7 @@ def build_parser() -> ArgumentParser:
     server.add_argument("--json", action="store_true", help="say where it listens as JSON")
     o.add_run(server)
     o.add_limits(server)
+    o.add_protection(server)
     o.add_server_security(server)
 
     worker = command("worker", _worker, "one worker")
@@ -253,6 +306,24 @@ def build_parser() -> ArgumentParser:
     evaluate.add_argument("--task", help="needed outside a run folder")
     evaluate.add_argument("--data-dir", metavar="DIR", type=Path)
     evaluate.add_argument("--json", action="store_true")
+
+    certs = command("certs", _certs, "a certificate authority of one's own, and certificates")
+    certs.add_argument("folder", type=Path, metavar="DIR", help="where to; an authority that is there is used again")
+    certs.add_argument("--hosts", default="localhost,127.0.0.1", help="the server's names and addresses")
+    certs.add_argument("--workers", metavar="NAME[,NAME…]", help="certificates for workers, for mutual TLS")
+    certs.add_argument("--days", metavar="N", default="365", help="how long they are valid")
+    certs.add_argument("--json", action="store_true")
+
+    doctor = command("doctor", _doctor, "looks for what usually goes wrong, and names it")
+    doctor.add_argument("--server", metavar="HOST:PORT", help="is this server reachable?")
+    doctor.add_argument("--listen", metavar="HOST:PORT", help="could a server listen here?")
+    doctor.add_argument("--server-cert", metavar="FILE", type=Path, help="look at a server's certificate")
+    doctor.add_argument("--server-key", metavar="FILE", type=Path, help="and whether this key belongs to it")
+    doctor.add_argument("--task", help="are this task's data there?")
+    doctor.add_argument("--data-dir", metavar="DIR", type=Path)
+    doctor.add_argument("--out", metavar="DIR", type=Path, help="can this folder be written?")
+    doctor.add_argument("--json", action="store_true")
+    o.add_client(doctor)
 
     link = command("link", _link, "the link emulator on its own")
     link.add_argument("spec", metavar="SPEC", nargs="?", default="wan", help="a preset or rtt=…,jitter=…,rate=…")

@@ -136,6 +136,21 @@ def add_limits(parser: ArgumentParser) -> None:
     )
 
 
+def add_protection(parser: ArgumentParser) -> None:
+    """Checkpoints, and protection against contributions that would spoil the sum."""
+    group = parser.add_argument_group("protection")
+    group.add_argument("--checkpoints", metavar="DIR", type=Path, help="write the run's state here regularly")
+    group.add_argument("--checkpoint-every", metavar="TIME", default="1m", help="how often")
+    group.add_argument("--keep", metavar="N", default="3", help="how many of the newest are kept")
+    group.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    group.add_argument("--norm-bound", metavar="F", help="refuse contributions F times as large as usual")
+    group.add_argument("--aggregate", metavar="HOW", default="mean", help="mean, median or trimmed:F (both are lossy)")
+    group.add_argument("--max-members", metavar="N", default="4096", help="members at a time")
+    group.add_argument("--max-params", metavar="N", default="64e9", help="largest model, in coordinates")
+    group.add_argument("--streams-per-host", metavar="N", default="512", help="open streams from one address")
+    group.add_argument("--joins-per-second", metavar="N", default="200", help="new streams a second")
+
+
 def add_client(parser: ArgumentParser) -> None:
     """How a client proves who it is."""
     group = parser.add_argument_group("security")
@@ -210,8 +225,11 @@ def _member(kind: type[E], option: str, text: str) -> E:
 
 def server_limits(args: Namespace, workers: int | None) -> ServerLimits:
     from loscar_core.config import ServerLimits
+    from loscar_core.robust import parse_aggregate
 
     lease = seconds("--lease", args.lease)
+    aggregate, trim = parse_aggregate(getattr(args, "aggregate", "mean"))
+    bound = getattr(args, "norm_bound", None)
     return ServerLimits(
         workers=workers,
         start_grace_s=seconds("--start-grace", args.start_grace),
@@ -219,6 +237,11 @@ def server_limits(args: Namespace, workers: int | None) -> ServerLimits:
         heartbeat_s=min(2.0, lease / 4),
         round_cap_s=seconds("--round-cap", args.round_cap),
         recover_after_s=seconds("--recover-after", args.recover_after),
+        max_members=whole("--max-members", getattr(args, "max_members", "4096"), 1),
+        max_dimension=whole("--max-params", getattr(args, "max_params", "64e9"), 1),
+        aggregate=aggregate,
+        trim=trim,
+        norm_bound=None if bound is None else number("--norm-bound", bound),
     )
 
 

@@ -11,6 +11,7 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -18,9 +19,12 @@ from grpc_reflection.v1alpha import reflection
 
 from loscar_core import effects as fx
 from loscar_core.config import RunConfig, ServerLimits
-from loscar_core.errors import InterruptedRunError, PortInUseError, ServerLostError
+from loscar_core.errors import InterruptedRunError, PortInUseError, ServerLostError, WrongRunError
+from loscar_core.saved_state import SavedState
 from loscar_core.server_machine import Phase, ServerMachine
-from loscar_server.service import ParameterService
+from loscar_core.state import Position
+from loscar_server.checkpoint import Checkpoints
+from loscar_server.service import ParameterService, StreamLimits
 from loscar_wire._generated import parameter_server_pb2 as pb
 from loscar_wire.transport import (
     SERVER_OPTIONS,
@@ -46,6 +50,11 @@ class ServerOptions:
         limits: the server's patience.
         security: TLS and token.
         linger_s: how long the final model is served after the run's end.
+        checkpoints: folder for checkpoints, or None for none.
+        checkpoint_every_s: time between two of them; one more is written at the run's end.
+        keep: how many of the newest are kept.
+        resume: go on from the newest checkpoint, when there is one.
+        guard: limits on streams and joins.
     """
 
     listen: str = "127.0.0.1:50051"
@@ -54,6 +63,11 @@ class ServerOptions:
     limits: ServerLimits = field(default_factory=ServerLimits)
     security: ServerSecurity = field(default_factory=ServerSecurity)
     linger_s: float = 300.0
+    checkpoints: Path | None = None
+    checkpoint_every_s: float = 60.0
+    keep: int = 3
+    resume: bool = False
+    guard: StreamLimits = field(default_factory=StreamLimits)
 
 
 def run_id_bytes(text: str | None) -> bytes:
@@ -100,10 +114,25 @@ class ServerProcess:
         self._options = options
         self._observe = observe
         self.address = ""
-        machine = ServerMachine(options.config, options.limits, run_id_bytes(options.run_id), time.monotonic())
-        self.service = ParameterService(machine, options.security.token, self._note)
+        self._checkpoints = None if options.checkpoints is None else Checkpoints(options.checkpoints, options.keep)
+        run_id = run_id_bytes(options.run_id)
+        saved = self._saved_state(run_id)
+        machine = ServerMachine(options.config, options.limits, run_id, time.monotonic(), saved)
+        self.service = ParameterService(machine, options.security.token, self._note, options.guard)
+        self._saving: asyncio.Task[None] | None = None
         self._server: grpc.aio.Server | None = None
         self._ticking: asyncio.Task[None] | None = None
+
+    def _saved_state(self, run_id: bytes) -> SavedState | None:
+        if self._checkpoints is None or not self._options.resume:
+            return None
+        saved = self._checkpoints.newest()
+        if saved is None:
+            log.warning("no checkpoint to resume from in %s", self._checkpoints.folder)
+        elif self._options.run_id is not None and saved.run_id != run_id:
+            self._checkpoints.close()
+            raise WrongRunError(f"the checkpoint is of run {saved.run_id.hex()}, not {run_id.hex()}")
+        return saved
 
     @property
     def run_id(self) -> bytes:
@@ -144,8 +173,34 @@ class ServerProcess:
         self._server = server
         self._ticking = asyncio.create_task(self.service.tick(), name="tick")
         self._ticking.add_done_callback(self._tick_ended)
+        if self._checkpoints is not None:
+            self._saving = asyncio.create_task(self._save_regularly(self._checkpoints), name="checkpoints")
         self.address = format_address(host, bound)
         return self.address
+
+    async def _save_regularly(self, checkpoints: Checkpoints) -> None:
+        last = None
+        while True:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.service.finished.wait(), self._options.checkpoint_every_s)
+            last = await self._save(checkpoints, last)
+            if self.service.finished.is_set():
+                return
+
+    async def _save(self, checkpoints: Checkpoints, last: Position | None) -> Position | None:
+        """Write a checkpoint off the loop, unless nothing has changed since the last one."""
+        machine = self.service.machine
+        if machine.replica is None or machine.replica.position == last:
+            return last
+        state = machine.saved_state(time.monotonic())
+        assert state is not None
+        try:
+            path = await asyncio.to_thread(checkpoints.write, state)
+            log.debug("checkpoint %s", path)
+        except OSError as error:
+            log.error("no checkpoint could be written: %s; the previous ones are untouched", error.strerror or error)
+            return last
+        return state.replica.position
 
     def _tick_ended(self, task: asyncio.Task[None]) -> None:
         # A machine that gets no time any more would hang the run without a word.
@@ -170,6 +225,13 @@ class ServerProcess:
         if self._ticking is not None:
             self._ticking.cancel()
             await asyncio.gather(self._ticking, return_exceptions=True)
+        if self._saving is not None:
+            self._saving.cancel()
+            await asyncio.gather(self._saving, return_exceptions=True)
+        if self._checkpoints is not None:
+            await self._save(self._checkpoints, None)
+            self._checkpoints.close()
+            self._checkpoints = None
         if self._server is not None:
             await self.service.shut_down()
             await self._server.stop(grace=0.5)

@@ -10,14 +10,16 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
 import numpy as np
 
 from loscar_core import effects as fx
-from loscar_core.errors import AuthenticationError, LoscarError, MalformedError, ServerLostError
+from loscar_core.errors import AuthenticationError, LoscarError, MalformedError, RefusedError, ServerLostError
 from loscar_core.messages import HeartbeatReply
 from loscar_core.server_machine import ServerMachine
 from loscar_server.status import status_of
@@ -41,6 +43,24 @@ MAX_TICK_S = 1.0
 Context = Any  # grpc.aio.ServicerContext, which is not typed
 
 
+@dataclass(frozen=True, slots=True)
+class StreamLimits:
+    """What one server lets others do.
+
+    Attributes:
+        streams_per_host: open streams from one address.
+        joins_per_s: new streams in a second, from everywhere.
+    """
+
+    streams_per_host: int = 512
+    joins_per_s: int = 200
+
+
+def _host(peer: str) -> str:
+    """The address part of gRPC's peer text, such as ipv4:127.0.0.1:5000."""
+    return peer.rpartition(":")[0]
+
+
 class ParameterService:
     """Runs a machine on gRPC streams.
 
@@ -48,9 +68,16 @@ class ParameterService:
         machine: the run's state machine, whose clock is `time.monotonic()`.
         token: what every call must carry, or None.
         observe: called with every effect that is not about sending, in order.
+        guard: limits on streams and joins.
     """
 
-    def __init__(self, machine: ServerMachine, token: str | None, observe: Callable[[fx.ServerEffect], None]) -> None:
+    def __init__(
+        self,
+        machine: ServerMachine,
+        token: str | None,
+        observe: Callable[[fx.ServerEffect], None],
+        guard: StreamLimits | None = None,
+    ) -> None:
         self.machine = machine
         self.bytes_in = 0
         self.bytes_out = 0
@@ -61,6 +88,9 @@ class ParameterService:
         self._observe = observe
         self._outboxes: dict[int, Outbox] = {}
         self._peers = 0
+        self._guard = guard or StreamLimits()
+        self._hosts: Counter[str] = Counter()
+        self._recent_joins: deque[float] = deque()
         self._no_streams = asyncio.Event()
         self._no_streams.set()
 
@@ -69,6 +99,37 @@ class ParameterService:
     async def train(self, _: AsyncIterator[bytes], context: Context) -> None:
         """One member's stream, from its hello to its end."""
         await self._authenticate(context)
+        host = _host(context.peer())
+        await self._admit(host, context)
+        self._hosts[host] += 1
+        try:
+            await self._member_stream(context)
+        finally:
+            self._hosts[host] -= 1
+            if not self._hosts[host]:
+                del self._hosts[host]
+
+    async def _admit(self, host: str, context: Context) -> None:
+        """Refuse a stream beyond the limits, before anything is allocated for it."""
+        now = time.monotonic()
+        while self._recent_joins and now - self._recent_joins[0] > 1.0:
+            self._recent_joins.popleft()
+        error = None
+        if self._hosts[host] >= self._guard.streams_per_host:
+            error = RefusedError(f"{host} has {self._hosts[host]} streams already")
+        elif len(self._recent_joins) >= self._guard.joins_per_s:
+            error = RefusedError(f"more than {self._guard.joins_per_s} joins a second")
+        if error is not None:
+            self._count_refusal(error)
+            code, details = to_status(error)
+            await context.abort(code, details)
+        self._recent_joins.append(now)
+
+    def _count_refusal(self, error: LoscarError) -> None:
+        key = type(error).__name__
+        self.machine.refused[key] = self.machine.refused.get(key, 0) + 1
+
+    async def _member_stream(self, context: Context) -> None:
         self._peers += 1
         peer = self._peers
         outbox = self._outboxes[peer] = Outbox()
@@ -98,8 +159,7 @@ class ParameterService:
         try:
             check_token(context.invocation_metadata(), self._token)
         except AuthenticationError as error:
-            key = type(error).__name__
-            self.machine.refused[key] = self.machine.refused.get(key, 0) + 1
+            self._count_refusal(error)
             code, details = to_status(error)
             await context.abort(code, details)
 

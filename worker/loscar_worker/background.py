@@ -14,13 +14,24 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
+from numpy.typing import NDArray
 from torch import Tensor
 
 from loscar_core.errors import LoscarError, SessionFailedError
 from loscar_core.messages import Reason, WorkerReport
 from loscar_core.replica import Floats
-from loscar_core.worker_engine import Initialise, RoundOpen, RunEnded, Update, WorkerEffect, WorkerEngine
+from loscar_core.worker_engine import (
+    Initialise,
+    ProgressWanted,
+    RoundOpen,
+    RunEnded,
+    Update,
+    WorkerEffect,
+    WorkerEngine,
+)
+from loscar_core.worker_state import export_worker
 from loscar_worker.connection import Connection, ConnectionOptions
 from loscar_worker.loop import shared_loop
 from loscar_worker.model import HostCopy, ModelView, Selected
@@ -60,6 +71,9 @@ class Mailbox:
     initial: Initialise | None = None
     ended: RunEnded | None = None
     rejected: int | None = None
+    progress_wanted: bool = False
+    delivered: int = 0
+    """Updates that were ever put into `updates`."""
     failure: BaseException | None = None
     version: int = 0
     """Grows with every change, so that an unchanged mailbox is seen without taking the lock."""
@@ -118,6 +132,18 @@ class Background:
         """Hand a snapshot over to be encoded and sent; returns at once."""
         self._post(self._take_snapshot, round_, copy, statistics, local, overlap)
 
+    def progress(self, copy: HostCopy, merged: int) -> None:
+        """Hand the live vector over for a newcomer; `merged` updates were applied to it."""
+        self._post(self._give_progress, copy, merged)
+
+    def export(self, merged: int) -> tuple[dict[str, Any], dict[str, NDArray[Any]]] | None:
+        """The engine's state, or None when more than `merged` updates have been delivered."""
+
+        async def on_loop() -> tuple[dict[str, Any], dict[str, NDArray[Any]]] | None:
+            return export_worker(self.engine) if self.mailbox.delivered == merged else None
+
+        return asyncio.run_coroutine_threadsafe(on_loop(), self._loop).result(CLOSE_S)
+
     def stop_run(self, why: str) -> None:
         self._post(self.connection.stop_run, why)
 
@@ -151,6 +177,12 @@ class Background:
         else:
             self.connection.carry_out(effects)
 
+    def _give_progress(self, copy: HostCopy, merged: int) -> None:
+        if merged == self.mailbox.delivered:
+            self.connection.carry_out(self.engine.progress(copy.values()))
+        else:
+            self._publish(progress_wanted=True)  # the anchor has moved since: at the next boundary, then
+
     def _publish(self, **changes: object) -> None:
         """Set fields of the mailbox and wake the training thread if it waits."""
         box = self.mailbox
@@ -165,11 +197,14 @@ class Background:
             case Update():
                 ready = self._prepare(effect)
                 self.mailbox.updates.append(ready)
+                self.mailbox.delivered += 1
                 self._publish(open=None)
             case RoundOpen():
                 self._publish(open=OpenRound(effect, self._select(effect)))
             case Initialise():
                 self._publish(initial=effect)
+            case ProgressWanted():
+                self._publish(progress_wanted=True)
             case RunEnded():
                 self._publish(ended=effect, open=None)
             case _:

@@ -9,29 +9,34 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import json
+import logging
 import os
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from loscar_core.errors import ConfigError, ServerLostError
-from loscar_core.merge import MergeKind, merge
+from loscar_core.merge import MergeKind, RejoinKind, merge, parse_rejoin, projection
 from loscar_core.messages import Reason, WorkerReport
 from loscar_core.plan import RoundKind, RoundPlan
 from loscar_core.worker_cycle import Action, Cycle, Situation
 from loscar_core.worker_engine import WorkerEngine
+from loscar_core.worker_state import import_worker
 from loscar_wire.transport import ClientSecurity, parse_address
 from loscar_worker.background import Background, OpenRound, ReadyUpdate, wait_changed
 from loscar_worker.connection import ConnectionOptions
 from loscar_worker.model import ModelView
+
+log = logging.getLogger("loscar.worker")
 
 WAIT_SLICE_S = 1.0
 LOSSES_KEPT = 64
@@ -98,6 +103,7 @@ class Session:
         *,
         on_round: Callable[[RoundRecord], None] | None = None,
         on_evaluation: Callable[[int, float], None] | None = None,
+        rejoin: RejoinKind = RejoinKind.PROJECT,
     ) -> None:
         self.steps = 0
         self.finished = False
@@ -121,6 +127,9 @@ class Session:
         self._in_final_round = False
         self._asked_to_stop = False
         self._closed = False
+        self._rejoin = rejoin
+        self._merged = 0
+        self._options = options
         self._background = Background(engine, view, options, self._report)
         self._cycle = Cycle(1, 1.0, None, time.monotonic())
         self._joined_s = 0.0
@@ -135,11 +144,11 @@ class Session:
         self._background.start()
         atexit.register(self.close)
         try:
-            while box.initial is None:
+            while box.initial is None and not self.engine.initialised:
                 self._wait_for_service()
-            initial = box.initial
-            self._view.load_vector(initial.vector)
-            self._view.load_statistics(initial.statistics)
+            if box.initial is not None:
+                self._view.load_vector(box.initial.vector)
+                self._view.load_statistics(box.initial.statistics)
             while box.open is None and box.ended is None:
                 self._wait_for_service()
         except BaseException:
@@ -221,6 +230,9 @@ class Session:
             update = box.updates[0] if box.updates else None
             opened = box.open
             version = box.version
+            if box.progress_wanted and update is None:
+                box.progress_wanted = False
+                self._background.progress(self._view.gather(self._view.select(None)), self._merged)
             if box.rejected is not None:
                 rejected, box.rejected = box.rejected, None
                 self._cycle.rejected(rejected)
@@ -274,9 +286,12 @@ class Session:
         update = ready.update
         with box.changed:
             box.updates.popleft()
+        self._merged += 1
         plan = update.plan
         if plan is not None and plan.kind is RoundKind.FINAL:
             self._view.write(ready.selected, ready.new_anchor)
+        elif update.long_absence and update.new_anchor.size:
+            self._rejoin_after_absence(ready)
         elif update.new_anchor.size:
             kind = self._merge_kind if plan is not None else MergeKind.DELAY_CORRECTED
             with torch.no_grad():
@@ -295,6 +310,22 @@ class Session:
         if plan is not None:
             self._note_round(plan, own, update.sent is not None)
         self._end_if_over()
+
+    def _rejoin_after_absence(self, ready: ReadyUpdate) -> None:
+        """x = c + u − β(c − a), so that progress which the others made too is not added twice."""
+        with torch.no_grad():
+            live = self._view.read(ready.selected)
+            progress = [z - a for z, a in zip(live, ready.anchor, strict=True)]
+            gains = [b - a for a, b in zip(ready.anchor, ready.new_anchor, strict=True)]
+            beta = 0.0
+            if self._rejoin is RejoinKind.PROJECT:
+                dot = sum(float((u.double() * g.double()).sum()) for u, g in zip(progress, gains, strict=True))
+                norm = sum(float(g.double().square().sum()) for g in gains)
+                beta = projection(dot, norm)
+            keep = 0.0 if self._rejoin is RejoinKind.DROP else 1.0
+            merged = [b + (u * keep - g * beta) for b, u, g in zip(ready.new_anchor, progress, gains, strict=True)]
+        self._view.write(ready.selected, merged)
+        log.info("%s is back after a long absence: rejoin %s, beta %.3f", self.name, self._rejoin.value, beta)
 
     def _note_round(self, plan: RoundPlan, own: bool, included: bool) -> None:
         if self._on_round is not None:
@@ -370,6 +401,31 @@ class Session:
             engine.bytes_down,
         )
 
+    # --- saving ---------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """This worker's half of the run: anchor, ledger, live parameters. For `join(state=…)`.
+
+        Call it between two steps, and before `model.state_dict()`: what waits to be merged is merged first, so that
+        model and anchor belong together. Optimizer and data position are the caller's to save beside it. Holds
+        tensors, numbers and text only, so `torch.save` and `torch.load(weights_only=True)` take it.
+        """
+        while True:
+            box = self._background.mailbox
+            while box.updates and not self.finished:
+                self._merge(box.updates[0])
+            exported = self._background.export(self._merged)
+            if exported is not None:
+                break
+        values, arrays = exported
+        return {
+            "worker": json.dumps(values),
+            "arrays": {name: torch.from_numpy(array) for name, array in arrays.items()},
+            "live": torch.from_numpy(self._view.vector().copy()),
+            "live_statistics": torch.from_numpy(self._view.statistics().copy()),
+            "steps": self.steps,
+        }
+
     # --- the end --------------------------------------------------------------------------------------------
 
     def stop_run(self, why: str = "a worker asked for it") -> None:
@@ -439,6 +495,8 @@ def join(
     server_timeout_s: float = 600.0,
     on_round: Callable[[RoundRecord], None] | None = None,
     on_evaluation: Callable[[int, float], None] | None = None,
+    rejoin: str = "project",
+    state: Mapping[str, Any] | None = None,
 ) -> Session:
     """Join a run: the model takes over the run's state, and its parameters become views of flat storage.
 
@@ -458,6 +516,10 @@ def join(
         connect_timeout_s: how long to look for a server.
         server_timeout_s: how long the server may stay away later, while training goes on.
         on_round: called in the training thread after every merge.
+        rejoin: what becomes of own unsent progress after an absence of more than 1/density rounds: `project`
+            leaves out what the others have done too, `keep` and `drop` say it all.
+        state: from `Session.state_dict`: come back as the worker that saved it (its name and slot count), with its
+            parameters and its unsent progress.
         on_evaluation: called right after an evaluation round was merged: (round, run time in seconds).
 
     Raises:
@@ -490,7 +552,15 @@ def join(
         slot=slot,
     )
     options = ConnectionOptions(targets, security, connect_timeout_s, server_timeout_s)
-    session = Session(view, engine, options, pace, on_round=on_round, on_evaluation=on_evaluation)
+    session = Session(
+        view, engine, options, pace, on_round=on_round, on_evaluation=on_evaluation, rejoin=parse_rejoin(rejoin)
+    )
+    if state is not None:
+        arrays = {name: tensor.numpy() for name, tensor in state["arrays"].items()}
+        import_worker(engine, json.loads(state["worker"]), arrays)
+        view.load_vector(state["live"].numpy())
+        view.load_statistics(state["live_statistics"].numpy())
+        session.name, session.steps = engine.name, state["steps"]
     session._join()
     return session
 

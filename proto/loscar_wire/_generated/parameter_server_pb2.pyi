@@ -37,6 +37,7 @@ class Purpose(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     PURPOSE_INITIAL_MODEL: _ClassVar[Purpose]
     PURPOSE_CATCH_UP: _ClassVar[Purpose]
     PURPOSE_ANCHOR: _ClassVar[Purpose]
+    PURPOSE_PROGRESS: _ClassVar[Purpose]
 
 class IndexCoding(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -62,6 +63,7 @@ ROUND_KIND_END: RoundKind
 PURPOSE_INITIAL_MODEL: Purpose
 PURPOSE_CATCH_UP: Purpose
 PURPOSE_ANCHOR: Purpose
+PURPOSE_PROGRESS: Purpose
 INDEX_CODING_SEEDED: IndexCoding
 INDEX_CODING_PLAIN: IndexCoding
 INDEX_CODING_GAPS: IndexCoding

@@ -1,0 +1,151 @@
+"""`loscar certs`: an authority of one's own, and certificates for a server and its workers.
+
+For runs among machines of one owner. Everything is made by the `cryptography` package; the authority's key stays in
+the folder, so that more certificates can be made later.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import ipaddress
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from loscar_core.errors import ConfigError
+
+DEFAULT_DAYS = 365
+BACKDATED = datetime.timedelta(hours=1)  # clocks differ between machines
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A certificate and its key, as files."""
+
+    certificate: Path
+    key: Path
+
+
+def make_certificates(folder: Path, hosts: list[str], workers: list[str], days: int = DEFAULT_DAYS) -> list[Path]:
+    """Make (or go on with) an authority, a server certificate for `hosts`, and one for each worker.
+
+    Args:
+        folder: gets ca.pem, ca-key.pem, server.pem, server-key.pem, and NAME.pem, NAME-key.pem for each worker.
+        hosts: names and addresses under which workers reach the server.
+        workers: names for client certificates.
+        days: how long they are valid.
+
+    Returns:
+        The files that were written.
+
+    Raises:
+        ConfigError: the folder cannot be written, or a certificate is there already.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        authority = Pair(folder / "ca.pem", folder / "ca-key.pem")
+        written: list[Path] = []
+        if authority.certificate.exists() and authority.key.exists():
+            ca, ca_key = _load(authority)
+        else:
+            ca, ca_key = _authority(days)
+            written += _save(authority, ca, ca_key)
+        names = [("server", hosts)] if hosts else []
+        for name, addresses in [*names, *((w, []) for w in workers)]:
+            pair = Pair(folder / f"{name}.pem", folder / f"{name}-key.pem")
+            if pair.certificate.exists():
+                raise ConfigError(f"{pair.certificate} is there already: remove it to make a new one")
+            written += _save(pair, *_signed(name, addresses, ca, ca_key, days))
+    except OSError as error:
+        raise ConfigError(f"certificates in {folder}: {error.strerror or error}") from None
+    return written
+
+
+def _name(text: str) -> x509.Name:
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)])
+
+
+def _builder(subject: str, issuer: x509.Name, key: ec.EllipticCurvePublicKey, days: int) -> x509.CertificateBuilder:
+    now = datetime.datetime.now(datetime.UTC)
+    return (
+        x509.CertificateBuilder()
+        .subject_name(_name(subject))
+        .issuer_name(issuer)
+        .public_key(key)
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - BACKDATED)
+        .not_valid_after(now + datetime.timedelta(days=days))
+    )
+
+
+def _authority(days: int) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = "loscar authority"
+    usage = x509.KeyUsage(
+        digital_signature=True,
+        key_cert_sign=True,
+        crl_sign=True,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        encipher_only=False,
+        decipher_only=False,
+    )
+    builder = (
+        _builder(subject, _name(subject), key.public_key(), days)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(usage, critical=True)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+    )
+    return builder.sign(key, hashes.SHA256()), key
+
+
+def _signed(
+    name: str, hosts: list[str], ca: x509.Certificate, ca_key: ec.EllipticCurvePrivateKey, days: int
+) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
+    key = ec.generate_private_key(ec.SECP256R1())
+    usages = [ExtendedKeyUsageOID.SERVER_AUTH if hosts else ExtendedKeyUsageOID.CLIENT_AUTH]
+    builder = (
+        _builder(name, ca.subject, key.public_key(), days)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(x509.ExtendedKeyUsage(usages), critical=False)
+        .add_extension(x509.SubjectAlternativeName([_general(h) for h in hosts or [name]]), critical=False)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key()), critical=False)
+    )
+    return builder.sign(ca_key, hashes.SHA256()), key
+
+
+def _general(host: str) -> x509.GeneralName:
+    with contextlib.suppress(ValueError):
+        return x509.IPAddress(ipaddress.ip_address(host))
+    return x509.DNSName(host)
+
+
+def _save(pair: Pair, certificate: x509.Certificate, key: ec.EllipticCurvePrivateKey) -> list[Path]:
+    pair.certificate.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    secret = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    # Created readable by its owner only: a later chmod would leave a moment in which anybody can read it.
+    descriptor = os.open(pair.key, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(secret)
+    return [pair.certificate, pair.key]
+
+
+def _load(pair: Pair) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
+    try:
+        certificate = x509.load_pem_x509_certificate(pair.certificate.read_bytes())
+        key = serialization.load_pem_private_key(pair.key.read_bytes(), None)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{pair.certificate}: {error}") from None
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise ConfigError(f"{pair.key} is not a key that this command made")
+    return certificate, key

@@ -1,0 +1,124 @@
+"""A worker's half of the run as it is saved and restored, so that a pre-empted worker comes back as itself.
+
+Same name, same incarnation: its contribution in flight is sent again byte for byte, and the inclusion table of the
+state that it meets decides what of it is in. Arrays are NumPy, everything else is JSON-ready.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from loscar_core.errors import ConfigError, MalformedError
+from loscar_core.layout import require_same
+from loscar_core.messages import Contribution
+from loscar_core.plan import RoundKind, RoundPlan, parts_of
+from loscar_core.saved_state import SavedState, restore
+from loscar_core.selection import SelectionKind
+from loscar_core.values import ValueType
+from loscar_core.worker_engine import WorkerEngine
+from loscar_core.worker_ledger import Record
+
+FORMAT = 1
+
+
+def export_worker(engine: WorkerEngine) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+    """The engine's state: JSON-ready values, and arrays that are not shared with it.
+
+    Raises:
+        ConfigError: the worker has not joined yet.
+    """
+    if engine.config is None or not engine.initialised:
+        raise ConfigError("a session's state can be saved once it has joined")
+    anchor = engine.anchor.copy()
+    saved = SavedState(
+        engine.run_id, engine.epoch, engine.config, engine.layout, anchor, None, max(0.0, engine.elapsed_s)
+    )
+    ledger = engine.ledger
+    arrays: dict[str, NDArray[Any]] = {"anchor": anchor.vector, "anchor_statistics": anchor.statistics}
+    records = []
+    for number, record in ledger.records.items():
+        arrays[f"sent_{number}"] = record.sent.copy()
+        payload = b"".join(m.values for m in record.messages)
+        arrays[f"payload_{number}"] = np.frombuffer(payload, np.uint8).copy()
+        records.append(_record_values(record))
+    values = {
+        "format": FORMAT,
+        "name": engine.name,
+        "incarnation": engine.incarnation.hex(),
+        "slot": engine.slot,
+        "state": saved.metadata(),
+        "records": records,
+        "counts": [ledger.sent, ledger.included, ledger.returned],
+        "bytes": [engine.bytes_up, engine.bytes_down],
+    }
+    return values, arrays
+
+
+def _record_values(record: Record) -> dict[str, Any]:
+    p = record.plan
+    return {
+        "plan": [p.round, int(p.kind), p.selection.value, p.count, p.value_type.value],
+        "subtracted": format(record.subtracted, "x"),
+        "decided": record.decided,
+        "messages": [
+            [m.epoch, m.part, m.offset, len(m.values), m.checksum, m.local_steps, m.overlap_steps]
+            for m in record.messages
+        ],
+    }
+
+
+def import_worker(engine: WorkerEngine, values: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> None:
+    """Give a new engine the state of a saved one; its layout must be the same.
+
+    Raises:
+        WrongModelError: the state is of another model.
+        MalformedError: it makes no sense.
+    """
+    try:
+        if values["format"] != FORMAT:
+            raise MalformedError(f"a worker's state of format {values['format']}; this version reads {FORMAT}")
+        vector = np.array(arrays["anchor"], np.float32)
+        statistics = np.array(arrays["anchor_statistics"], np.float32)
+        saved = restore(values["state"], vector, statistics, None)
+        require_same(saved.layout, engine.layout)
+        engine.name = values["name"]
+        engine.incarnation = bytes.fromhex(values["incarnation"])
+        engine.run_id, engine.epoch, engine.config = saved.run_id, saved.epoch, saved.config
+        engine.slot = values["slot"]
+        engine.elapsed_s = saved.elapsed_s
+        engine.anchor = saved.replica
+        engine.initialised = True
+        engine.bytes_up, engine.bytes_down = values["bytes"]
+        ledger = engine.ledger
+        ledger.records.clear()
+        for entry in values["records"]:
+            record = _record(engine, entry, arrays)
+            ledger.records[record.plan.round] = record
+        ledger.sent, ledger.included, ledger.returned = values["counts"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise MalformedError(f"a worker's state that does not make sense: {error!r}") from None
+
+
+def _record(engine: WorkerEngine, entry: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> Record:
+    assert engine.config is not None
+    number, kind, selection, count, value_type = entry["plan"]
+    plan = RoundPlan(number, RoundKind(kind), SelectionKind(selection), count, ValueType(value_type))
+    indices = plan.indices(engine.config.seed, engine.anchor.vector.size)
+    payload = arrays[f"payload_{number}"].tobytes()
+    messages, start = [], 0
+    for epoch, part, offset, size, checksum, local, overlap in entry["messages"]:
+        piece = payload[start : start + size]
+        messages.append(Contribution(epoch, number, part, offset, piece, checksum, local, overlap))
+        start += size
+    return Record(
+        plan,
+        indices,
+        np.array(arrays[f"sent_{number}"], np.float32),
+        parts_of(indices.size, engine.anchor.statistics.size),
+        tuple(messages),
+        int(entry["subtracted"], 16),
+        entry["decided"],
+    )
