@@ -98,6 +98,9 @@ def _worker(args: Namespace) -> int:
             tls_key=args.tls_key,
             result=args.result,
             rounds_log=args.rounds_log,
+            state=args.state,
+            state_every_s=o.seconds("--state-every", args.state_every),
+            rejoin=args.rejoin,
         )
     )
 
@@ -291,6 +294,9 @@ def build_parser() -> ArgumentParser:
     worker.add_argument("--connect-timeout", metavar="TIME", default="1m", help="look so long for a server")
     worker.add_argument("--server-timeout", metavar="TIME", default="10m", help="train on so long without one")
     worker.add_argument("--result", metavar="FILE", type=Path, help="write the figures here at the end")
+    worker.add_argument("--state", metavar="FILE", type=Path, help="save the worker's whole state here, and resume")
+    worker.add_argument("--state-every", metavar="TIME", default="1m", help="how often")
+    worker.add_argument("--rejoin", metavar="HOW", default="project", help="after a long absence: project, keep, drop")
     worker.add_argument("--rounds-log", metavar="FILE", type=Path, help="write a JSON line here for every round")
     o.add_task(worker)
     o.add_client(worker)

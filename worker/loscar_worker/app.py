@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import pickle
 import signal
 import statistics
 import time
@@ -46,6 +47,10 @@ class WorkerOptions:
         threads: torch's compute threads, or None for torch's choice.
         result: JSON file for the figures at the end.
         rounds_log: JSON-lines file for every merged round.
+        state: file that this worker's whole state (session, optimizer, data position) is saved to, and resumed
+            from when it is there.
+        state_every_s: how often; a signal to leave saves it once more.
+        rejoin: what becomes of own progress after a long absence, see `loscar_worker.join`.
     """
 
     servers: str
@@ -74,6 +79,9 @@ class WorkerOptions:
     tls_key: Path | None = None
     result: Path | None = None
     rounds_log: Path | None = None
+    state: Path | None = None
+    state_every_s: float = 60.0
+    rejoin: str = "project"
 
 
 def choose_device(text: str) -> torch.device:
@@ -149,9 +157,15 @@ def run_worker(options: WorkerOptions) -> int:
     timer = StepTimer(options.step_time_s, options.slowdown)
     rounds = open(options.rounds_log, "w", encoding="utf-8") if options.rounds_log else None  # noqa: SIM115
     try:
-        session = _join(options, model, rounds)
+        saved = _load_state(options.state)
+        session = _join(options, model, rounds, saved)
         with session:
-            _train(session, task, model, optimizer, _batches(options, task, session), timer, stopper)
+            batches = _batches(options, task, session, saved)
+            if saved is not None:
+                optimizer.load_state_dict(saved["optimizer"])
+                batches.load_state_dict(saved["batches"])
+            saver = StateSaver(options.state, options.state_every_s, session, optimizer, batches)
+            _train(session, task, model, optimizer, batches, timer, stopper, saver)
         if options.result is not None:
             write_json(options.result, figures(session, timer))
     finally:
@@ -160,7 +174,59 @@ def run_worker(options: WorkerOptions) -> int:
     return 0
 
 
-def _join(options: WorkerOptions, model: torch.nn.Module, rounds: IO[str] | None) -> Session:
+class StateSaver:
+    """Writes a worker's state now and then, whole or not at all."""
+
+    def __init__(
+        self,
+        path: Path | None,
+        every_s: float,
+        session: Session,
+        optimizer: torch.optim.Optimizer,
+        batches: Batches,
+    ) -> None:
+        self._path = path
+        self._every_s = every_s
+        self._session = session
+        self._optimizer = optimizer
+        self._batches = batches
+        self._saved_at = time.monotonic()
+
+    def save_if_due(self) -> None:
+        if self._path is not None and time.monotonic() - self._saved_at >= self._every_s:
+            self.save()
+
+    def save(self) -> None:
+        """Save now; between two steps only."""
+        if self._path is None:
+            return
+        state = {
+            "session": self._session.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "batches": self._batches.state_dict(),
+        }
+        part = self._path.with_suffix(self._path.suffix + ".part")
+        torch.save(state, part)
+        part.replace(self._path)
+        self._saved_at = time.monotonic()
+
+
+def _load_state(path: Path | None) -> dict[str, Any] | None:
+    """Raises ConfigError for a file that is no worker's state."""
+    if path is None or not path.exists():
+        return None
+    try:
+        state: dict[str, Any] = torch.load(path, weights_only=True)
+        if {"session", "optimizer", "batches"} <= state.keys():
+            return state
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ConfigError(f"--state {path} cannot be read: {error!s:.200}") from None
+    raise ConfigError(f"--state {path} is no worker's state")
+
+
+def _join(
+    options: WorkerOptions, model: torch.nn.Module, rounds: IO[str] | None, saved: dict[str, Any] | None
+) -> Session:
     on_round: Callable[[RoundRecord], None] | None = None
     if rounds is not None:
         file = rounds
@@ -185,15 +251,19 @@ def _join(options: WorkerOptions, model: torch.nn.Module, rounds: IO[str] | None
         connect_timeout_s=options.connect_timeout_s,
         server_timeout_s=options.server_timeout_s,
         on_round=on_round,
+        rejoin=options.rejoin,
+        state=None if saved is None else saved["session"],
     )
     log.info("%s joined run %s at slot %d", session.name, session.run_id, session.slot)
     return session
 
 
-def _batches(options: WorkerOptions, task: Task, session: Session) -> Batches:
+def _batches(options: WorkerOptions, task: Task, session: Session, saved: dict[str, Any] | None) -> Batches:
     indices = partition(task.labels(), options.partition, options.workers, session.slot, options.seed)
     # Who joins a running run must not repeat the order of whoever had the slot before.
     incarnation = 0 if session.joined_at_start else int.from_bytes(session.engine.incarnation[:4], "little")
+    if saved is not None:
+        incarnation = saved["batches"]["incarnation"]
     return Batches(task.train, indices, task.batch_size, seed=options.seed, slot=session.slot, incarnation=incarnation)
 
 
@@ -205,6 +275,7 @@ def _train(
     batches: Batches,
     timer: StepTimer,
     stopper: Stopper,
+    saver: StateSaver,
 ) -> None:
     model.train()
     while not session.finished and not stopper.asked:
@@ -215,6 +286,9 @@ def _train(
         optimizer.zero_grad()
         timer.finish(started)
         session.step(loss=loss)
+        saver.save_if_due()
+    if not session.finished:
+        saver.save()
 
 
 def figures(session: Session, timer: StepTimer) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,7 +73,7 @@ class Mailbox:
     rejected: int | None = None
     progress_wanted: bool = False
     delivered: int = 0
-    """Updates that were ever put into `updates`."""
+    """Updates that were ever put into `updates`, or are about to be."""
     failure: BaseException | None = None
     version: int = 0
     """Grows with every change, so that an unchanged mailbox is seen without taking the lock."""
@@ -103,6 +103,9 @@ class Background:
         self.connection = Connection(engine, options, self._on_effect, report)
         self._running: concurrent.futures.Future[None] | None = None
         self._prepared: tuple[int, Selected] | None = None
+        self._updates: list[ReadyUpdate] = []
+        self._changes: dict[str, object] = {}
+        self._delivering = False
 
     def start(self) -> None:
         self._running = asyncio.run_coroutine_threadsafe(self._run(), self._loop)
@@ -183,10 +186,11 @@ class Background:
         else:
             self._publish(progress_wanted=True)  # the anchor has moved since: at the next boundary, then
 
-    def _publish(self, **changes: object) -> None:
-        """Set fields of the mailbox and wake the training thread if it waits."""
+    def _publish(self, updates: Sequence[ReadyUpdate] = (), **changes: object) -> None:
+        """Add updates, set fields of the mailbox, all at once, and wake the training thread if it waits."""
         box = self.mailbox
         with box.changed:
+            box.updates.extend(updates)
             for name, value in changes.items():
                 setattr(box, name, value)
             box.version += 1
@@ -195,20 +199,30 @@ class Background:
     def _on_effect(self, effect: WorkerEffect) -> None:
         match effect:
             case Update():
-                ready = self._prepare(effect)
-                self.mailbox.updates.append(ready)
+                self._updates.append(self._prepare(effect))
                 self.mailbox.delivered += 1
-                self._publish(open=None)
+                self._changes["open"] = None
             case RoundOpen():
-                self._publish(open=OpenRound(effect, self._select(effect)))
+                self._changes["open"] = OpenRound(effect, self._select(effect))
             case Initialise():
-                self._publish(initial=effect)
+                self._changes["initial"] = effect
             case ProgressWanted():
-                self._publish(progress_wanted=True)
+                self._changes["progress_wanted"] = True
             case RunEnded():
-                self._publish(ended=effect, open=None)
+                self._changes.update(ended=effect, open=None)
             case _:
-                pass
+                return
+        if not self._delivering:
+            # Once the message that these effects are from is dealt with: its effects belong together. Whoever saw
+            # the last update without the end that comes with it would train on.
+            self._delivering = True
+            self._loop.call_soon(self._deliver)
+
+    def _deliver(self) -> None:
+        self._delivering = False
+        updates, self._updates = self._updates, []
+        changes, self._changes = self._changes, {}
+        self._publish(updates, **changes)
 
     def _select(self, opened: RoundOpen) -> Selected:
         indices = opened.indices

@@ -78,6 +78,8 @@ class Connection:
         self._leaving: asyncio.Event = asyncio.Event()
         self._joined = False
         self._said_waiting = False
+        self._said_lost = False
+        self._welcomes = 0
 
     # --- what the session asks for (on the loop) ------------------------------------------------------------
 
@@ -144,8 +146,6 @@ class Connection:
             self._check_patience(since, target, cause)
             await self._pause(backoff * random.uniform(0.5, 1.5))
             backoff = min(MAX_BACKOFF_S, backoff * 2)
-            if self._joined:
-                self.reconnects += 1
 
     def _check_patience(self, since: float, target: str, cause: str) -> None:
         waited = time.monotonic() - since
@@ -158,7 +158,8 @@ class Connection:
                 log.warning("no server at %s yet (%s): trying for %g s", where, cause, self._options.connect_timeout_s)
         elif waited >= self._options.server_timeout_s:
             raise ServerLostError(f"no server at {where} for {self._options.server_timeout_s:g} s: {cause}")
-        else:
+        elif not self._said_lost:
+            self._said_lost = True
             log.info("connection to %s lost (%s): training on, reconnecting", target, cause)
 
     async def _pause(self, seconds: float) -> None:
@@ -179,8 +180,9 @@ class Connection:
         ]
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            if outbox.closing and not tasks[1].done():
-                await asyncio.wait({tasks[1]}, timeout=LEAVE_FLUSH_S)
+            if outbox.closing:
+                # The server ends the stream once it has read our goodbye; cancelling sooner could lose it.
+                await asyncio.wait(set(tasks[:2]), timeout=LEAVE_FLUSH_S)
             await self._raise_cause(call, tasks)
         finally:
             self._outbox = None
@@ -204,6 +206,7 @@ class Connection:
 
     async def _read(self, call: Any) -> None:
         silence_s = DEFAULT_LEASE_S
+        welcomed = False
         while True:
             read = asyncio.ensure_future(call.read())
             try:
@@ -226,14 +229,23 @@ class Connection:
                 return
             effects = self.engine.received(decode_server_message(data))
             welcome = self.engine.welcome
-            if welcome is not None:
+            if welcome is not None and not welcomed:
+                welcomed = True
                 silence_s = welcome.lease_s
-                self._joined = True
+                self._note_welcome()
             self.carry_out(effects)
             for effect in effects:
                 if isinstance(effect, Dismissed):
                     self._dismissed(effect.goodbye)
                     return
+
+    def _note_welcome(self) -> None:
+        self._joined = True
+        self._welcomes += 1
+        if self._welcomes > 1:
+            self.reconnects += 1
+            log.info("connected again")
+        self._said_lost = False
 
     async def _ended(self, call: Any) -> None:
         code = await call.code()
