@@ -47,15 +47,26 @@ class Children:
     def __init__(self) -> None:
         self.all: list[Child] = []
 
-    async def start(self, name: str, arguments: list[str], log: Path, *, read_stdout: bool = False) -> Child:
-        """Start `loscar ARGUMENTS`; standard error (and output, unless it is read) goes to the log."""
+    async def start(
+        self,
+        name: str,
+        arguments: list[str],
+        log: Path,
+        *,
+        read_stdout: bool = False,
+        module: str = "loscar_deploy",
+    ) -> Child:
+        """Start `python -m module ARGUMENTS`, by default `loscar`.
+
+        Standard error (and output, unless it is read) goes to the log.
+        """
         log.parent.mkdir(parents=True, exist_ok=True)
         environment = dict(os.environ, PYTHONUNBUFFERED="1", OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", "1"))
         with log.open("ab") as file:
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-m",
-                "loscar_deploy",
+                module,
                 *arguments,
                 "--exit-with-parent",
                 stdin=asyncio.subprocess.PIPE,

@@ -98,6 +98,7 @@ def _worker(args: Namespace) -> int:
             tls_key=args.tls_key,
             result=args.result,
             rounds_log=args.rounds_log,
+            evaluation=args.evaluation,
             state=args.state,
             state_every_s=o.seconds("--state-every", args.state_every),
             rejoin=args.rejoin,
@@ -134,6 +135,10 @@ def _run(args: Namespace) -> int:
     workers = o.whole("--workers", args.workers, 1)
     if args.slowdown is None:
         args.slowdown = "1,1,1,2" if workers == 4 else "1"
+    if args.target_loss is not None:
+        o.number("--target-loss", args.target_loss)
+        if args.evaluate_every == "0":
+            args.evaluate_every = "5"
     links = parse_links(args.link, workers)
     o.seconds("--step-time", args.step_time)
     o.server_limits(args, workers)
@@ -143,6 +148,7 @@ def _run(args: Namespace) -> int:
         workers,
         None if all(link == LinkSpec() for link in links) else links,
         tuple(o.numbers("--slowdown", args.slowdown, workers)),
+        None if args.target_loss is None else o.number("--target-loss", args.target_loss),
     )
     if args.download:
         _download(args)
@@ -259,6 +265,7 @@ def build_parser() -> ArgumentParser:
     run.add_argument("--link", metavar="SPEC", default="rtt=100ms,rate=20mbit", help="each worker's link; ; separates")
     run.add_argument("--slowdown", metavar="F[,F…]", help="how many times slower each worker is (default 1,1,1,2)")
     run.add_argument("--step-time", metavar="TIME", default="10ms", help="a floor under a step's time, slept")
+    run.add_argument("--target-loss", metavar="L", help="end when the average of the live models has this test loss")
     run.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 or auto")
     run.add_argument("--out", metavar="DIR", type=Path, help="the run folder (default: a new one under runs/)")
     run.add_argument("--json", action="store_true", help="print the summary as JSON, progress on standard error")
@@ -297,6 +304,7 @@ def build_parser() -> ArgumentParser:
     worker.add_argument("--state", metavar="FILE", type=Path, help="save the worker's whole state here, and resume")
     worker.add_argument("--state-every", metavar="TIME", default="1m", help="how often")
     worker.add_argument("--rejoin", metavar="HOW", default="project", help="after a long absence: project, keep, drop")
+    worker.add_argument("--evaluation", type=Path, help=argparse.SUPPRESS)
     worker.add_argument("--rounds-log", metavar="FILE", type=Path, help="write a JSON line here for every round")
     o.add_task(worker)
     o.add_client(worker)

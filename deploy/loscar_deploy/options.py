@@ -90,6 +90,7 @@ RUN_OPTIONS = (
     "rounds",
     "duration",
     "max_steps",
+    "evaluate_every",
     "final_round",
     "seed",
     "start_grace",
@@ -121,6 +122,9 @@ def add_run(parser: ArgumentParser) -> None:
     group.add_argument("--rounds", metavar="N", help="end after so many rounds")
     group.add_argument("--duration", metavar="TIME", help="end after so much run time")
     group.add_argument("--max-steps", metavar="N", help="end when one worker has taken so many steps")
+    group.add_argument(
+        "--evaluate-every", metavar="N", default="0", help="test the live models' average every N rounds"
+    )
     group.add_argument("--final-round", metavar="KIND", default="dense", help="how the run ends: dense or none")
     group.add_argument("--seed", metavar="N", default="0", help="seeds selections, models and data order")
 
@@ -204,6 +208,7 @@ def run_config(args: Namespace) -> RunConfig:
         rounds=None if args.rounds is None else whole("--rounds", args.rounds, 1),
         duration_s=None if args.duration is None else seconds("--duration", args.duration),
         max_steps=None if args.max_steps is None else whole("--max-steps", args.max_steps, 1),
+        evaluate_every=whole("--evaluate-every", args.evaluate_every),
         final_round=_member(FinalRound, "--final-round", args.final_round),
     )
 

@@ -44,6 +44,7 @@ class RunPlan:
         workers: how many.
         links: each worker's; None without emulation.
         slowdown: each worker's.
+        target_loss: test loss of the live models' average that ends the run, or None.
     """
 
     args: Namespace
@@ -51,6 +52,7 @@ class RunPlan:
     workers: int
     links: tuple[LinkSpec, ...] | None
     slowdown: tuple[float, ...]
+    target_loss: float | None
 
 
 def _flags(args: Namespace, names: Iterable[str]) -> list[str]:
@@ -76,6 +78,8 @@ class LocalRun:
         self._farm: LinkFarm | None = None
         self._last: pb.StatusReply | None = None
         self._reported: set[str] = set()
+        self._evaluator: Child | None = None
+        self._seconds_to_target: float | None = None
         self._signals = 0
         self._asked_to_stop = False
         self._forced = asyncio.Event()
@@ -96,6 +100,7 @@ class LocalRun:
             client = Client(address, ClientSecurity())
             try:
                 await self._start_workers(targets)
+                await self._start_evaluator()
                 await self._watch(client)
                 model = await client.fetch_model()
                 assert self._last is not None
@@ -110,6 +115,8 @@ class LocalRun:
             await self._children.stop_all()
             if self._farm is not None:
                 await self._farm.close()
+            for i in range(self._plan.workers):
+                self._folder.worker_slots(f"w{i}").unlink(missing_ok=True)
 
     def _on_signal(self) -> None:
         self._signals += 1
@@ -150,7 +157,28 @@ class LocalRun:
             flags += ["--slowdown", f"{self._plan.slowdown[i]:g}", "--step-time", args.step_time, "--threads", "1"]
             flags += ["--result", str(folder.worker_result(name)), "--rounds-log", str(folder.worker_rounds(name))]
             flags += [*_flags(args, _TASK_OPTIONS), "--device", args.device]
+            if self._plan.config.evaluate_every:
+                flags += ["--evaluation", str(folder.worker_slots(name))]
             self._workers.append(await self._children.start(name, ["worker", *flags], folder.log(name)))
+
+    async def _start_evaluator(self) -> None:
+        if not self._plan.config.evaluate_every:
+            return
+        folder, args = self._folder, self._plan.args
+        slots = [str(folder.worker_slots(f"w{i}")) for i in range(self._plan.workers)]
+        flags = [*slots, "--out", str(folder.evaluations), *_flags(args, ("task", "data_dir"))]
+        log = folder.log("evaluator")
+        self._evaluator = await self._children.start("evaluator", flags, log, module="loscar_deploy.evaluator")
+
+    def _target_reached(self) -> bool:
+        """Look at new evaluations; the first at or below the target ends the run."""
+        if self._seconds_to_target is None and self._plan.target_loss is not None:
+            for line in self._folder.read_evaluations():
+                if line["loss"] <= self._plan.target_loss:
+                    self._seconds_to_target = line["elapsed_s"]
+                    self._progress.say(f"target reached at {line['elapsed_s']:.2f} s: test loss {line['loss']:.4f}")
+                    return True
+        return False
 
     # --- watching -------------------------------------------------------------------------------------------
 
@@ -174,6 +202,9 @@ class LocalRun:
                 self._folder.append_metrics(reply)
                 self._progress.show(reply, last=True)
                 return
+            if self._target_reached() and not self._asked_to_stop:
+                self._asked_to_stop = True
+                await client.stop("the target loss is reached")
             if self._signals and not self._asked_to_stop:
                 self._asked_to_stop = True
                 if reply.elapsed_s < 0:
@@ -257,8 +288,8 @@ class LocalRun:
             "wall_seconds": last.elapsed_s,
             "loss": None,
             "accuracy": None,
-            "target_loss": None,
-            "seconds_to_target": None,
+            "target_loss": plan.target_loss,
+            "seconds_to_target": self._seconds_to_target,
             "bytes_up": [w["bytes_up"] for w in workers],
             "bytes_down": [w["bytes_down"] for w in workers],
             "bytes_wire_up": self._farm.bytes_up if self._farm else None,
@@ -341,5 +372,7 @@ def execute(plan: RunPlan) -> dict[str, Any]:
             f"after {summary['rounds']} rounds in {summary['wall_seconds']:.1f} s "
             f"(idle ≤ {max(idle, default=0):.1%})"
         )
+        if plan.target_loss is not None and summary["seconds_to_target"] is None:
+            print(f"target loss {plan.target_loss:g} NOT reached")
         print(f"the run folder is {folder.path}")
     return summary

@@ -52,6 +52,13 @@ class RunFolder:
     def summary(self) -> Path:
         return self.path / "summary.json"
 
+    @property
+    def evaluations(self) -> Path:
+        return self.path / "evaluations.jsonl"
+
+    def worker_slots(self, name: str) -> Path:
+        return self.path / "workers" / f"{name}.slots"
+
     def log(self, name: str) -> Path:
         return self.path / "logs" / f"{name}.log"
 
@@ -65,6 +72,14 @@ class RunFolder:
         """Options as they were given or defaulted; those that are not set are left out (TOML has no null)."""
         known = {k: v for k, v in values.items() if v is not None}
         self.config.write_text(tomli_w.dumps(known), encoding="utf-8")
+
+    def read_evaluations(self) -> list[dict[str, Any]]:
+        """What the evaluator has found so far; a line that is being written is left for later."""
+        try:
+            lines = self.evaluations.read_text(encoding="utf-8").split("\n")[:-1]
+        except FileNotFoundError:
+            return []
+        return [json.loads(line) for line in lines]
 
     def append_metrics(self, reply: pb.StatusReply) -> None:
         """One line for a server status: what each worker had done by then."""

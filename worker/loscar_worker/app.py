@@ -18,6 +18,7 @@ from typing import IO, Any
 import torch
 
 from loscar_core.errors import ConfigError
+from loscar_worker.evaluation import EvaluationWriter, LiveVector
 from loscar_worker.session import RoundRecord, Session, join
 from loscar_worker.tasks import Task, load_task
 from loscar_worker.tasks.partition import Batches, partition
@@ -47,6 +48,7 @@ class WorkerOptions:
         threads: torch's compute threads, or None for torch's choice.
         result: JSON file for the figures at the end.
         rounds_log: JSON-lines file for every merged round.
+        evaluation: file for the live vector in evaluation rounds, see `loscar_worker.evaluation`.
         state: file that this worker's whole state (session, optimizer, data position) is saved to, and resumed
             from when it is there.
         state_every_s: how often; a signal to leave saves it once more.
@@ -79,6 +81,7 @@ class WorkerOptions:
     tls_key: Path | None = None
     result: Path | None = None
     rounds_log: Path | None = None
+    evaluation: Path | None = None
     state: Path | None = None
     state_every_s: float = 60.0
     rejoin: str = "project"
@@ -235,6 +238,18 @@ def _join(
             file.write(json.dumps(asdict(record)) + "\n")
 
         on_round = write_round
+    on_evaluation: Callable[[Session, int], None] | None = None
+    if options.evaluation is not None:
+        path = options.evaluation
+        writer: EvaluationWriter | None = None
+
+        def write_vector(session: Session, round_: int) -> None:
+            nonlocal writer
+            values = session.live_values()
+            writer = writer or EvaluationWriter(path, values.size)
+            writer.write(LiveVector(round_, session.run_s, session.steps, values))
+
+        on_evaluation = write_vector
     session = join(
         options.servers,
         model,
@@ -251,6 +266,7 @@ def _join(
         connect_timeout_s=options.connect_timeout_s,
         server_timeout_s=options.server_timeout_s,
         on_round=on_round,
+        on_evaluation=on_evaluation,
         rejoin=options.rejoin,
         state=None if saved is None else saved["session"],
     )

@@ -131,9 +131,9 @@ class Background:
         if failure is not None:
             raise SessionFailedError(f"the background task died: {failure!r}") from failure
 
-    def snapshot(self, round_: int, copy: HostCopy, statistics: Floats, local: int, overlap: int) -> None:
-        """Hand a snapshot over to be encoded and sent; returns at once."""
-        self._post(self._take_snapshot, round_, copy, statistics, local, overlap)
+    def snapshot(self, round_: int, copy: HostCopy, statistics: Floats, local: int, overlap: int, merged: int) -> None:
+        """Hand a snapshot of a model with `merged` updates over to be encoded and sent; returns at once."""
+        self._post(self._take_snapshot, round_, copy, statistics, local, overlap, merged)
 
     def progress(self, copy: HostCopy, merged: int) -> None:
         """Hand the live vector over for a newcomer; `merged` updates were applied to it."""
@@ -173,8 +173,12 @@ class Background:
 
     # --- on the loop ----------------------------------------------------------------------------------------
 
-    def _take_snapshot(self, round_: int, copy: HostCopy, statistics: Floats, local: int, overlap: int) -> None:
-        effects = self.engine.snapshot(round_, copy.values(), statistics, local, overlap)
+    def _take_snapshot(
+        self, round_: int, copy: HostCopy, statistics: Floats, local: int, overlap: int, merged: int
+    ) -> None:
+        effects = None
+        if merged == self.mailbox.delivered:  # else the anchor has moved since, and the model has not yet
+            effects = self.engine.snapshot(round_, copy.values(), statistics, local, overlap)
         if effects is None:
             self._publish(rejected=round_)
         else:

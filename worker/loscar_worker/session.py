@@ -21,15 +21,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from loscar_core.errors import ConfigError, ServerLostError
+from loscar_core.errors import ConfigError, ServerLostError, SessionFailedError
 from loscar_core.merge import MergeKind, RejoinKind, merge, parse_rejoin, projection
 from loscar_core.messages import Reason, WorkerReport
 from loscar_core.plan import RoundKind, RoundPlan
+from loscar_core.replica import Floats
 from loscar_core.worker_cycle import Action, Cycle, Situation
-from loscar_core.worker_engine import WorkerEngine
+from loscar_core.worker_engine import RunEnded, WorkerEngine
 from loscar_core.worker_state import import_worker
 from loscar_wire.transport import ClientSecurity, parse_address
 from loscar_worker.background import Background, OpenRound, ReadyUpdate, wait_changed
@@ -102,7 +104,7 @@ class Session:
         pace: Pace,
         *,
         on_round: Callable[[RoundRecord], None] | None = None,
-        on_evaluation: Callable[[int, float], None] | None = None,
+        on_evaluation: Callable[[Session, int], None] | None = None,
         rejoin: RejoinKind = RejoinKind.PROJECT,
     ) -> None:
         self.steps = 0
@@ -120,7 +122,6 @@ class Session:
         self._loss: float | None = None
         self._t0: float | None = None
         self._ended_s: float | None = None
-        self._seen_version = -1
         self._waited_in_round = 0.0
         self._snapshot_at: float | None = None
         self._snapshot_steps = 0
@@ -141,36 +142,39 @@ class Session:
     def _join(self) -> None:
         """Connect, take over the initial model, wait for t = 0."""
         box = self._background.mailbox
+        resumed = self.engine.initialised
         self._background.start()
         atexit.register(self.close)
         try:
-            while box.initial is None and not self.engine.initialised:
-                self._wait_for_service()
-            if box.initial is not None:
+            if not resumed:
+                self._wait_for(lambda: box.initial is not None)
+                assert box.initial is not None
                 self._view.load_vector(box.initial.vector)
                 self._view.load_statistics(box.initial.statistics)
-            while box.open is None and box.ended is None:
-                self._wait_for_service()
-        except BaseException:
-            self.close()
+            self._wait_for(lambda: box.open is not None or box.ended is not None)
+            config = self.engine.config
+            assert config is not None
+            self._merge_kind = config.merge
+            self._max_steps = config.max_steps
+            self._cycle = _cycle(self._pace, config.local_steps, config.sync_interval_s, config.overlap_steps)
+            elapsed = max(0.0, self.engine.elapsed_s)
+            self._t0 = time.monotonic() - elapsed
+            self.joined_at_start = self.engine.anchor.position.round == 0
+            self._joined_s = elapsed
+            # With N = 0 the first snapshot is due before the first step.
+            self._synchronise()
+        except BaseException as error:
+            self.close(*_why(error))
             raise
-        config = self.engine.config
-        assert config is not None
-        self._merge_kind = config.merge
-        self._max_steps = config.max_steps
-        self._cycle = _cycle(self._pace, config.local_steps, config.sync_interval_s, config.overlap_steps)
-        elapsed = max(0.0, self.engine.elapsed_s)
-        self._t0 = time.monotonic() - elapsed
-        self.joined_at_start = self.engine.anchor.position.round == 0
-        self._joined_s = elapsed
-        self._end_if_over()
 
-    def _wait_for_service(self) -> None:
+    def _wait_for(self, ready: Callable[[], bool]) -> None:
         box = self._background.mailbox
-        version = box.version
-        self._background.raise_failure()
-        wait_changed(box, version, WAIT_SLICE_S)
-        self._background.raise_failure()
+        while True:
+            version = box.version  # before looking: what comes in between ends the wait
+            self._background.raise_failure()
+            if ready():
+                return
+            wait_changed(box, version, WAIT_SLICE_S)
 
     # --- training -------------------------------------------------------------------------------------------
 
@@ -210,6 +214,8 @@ class Session:
         """
         if self.finished:
             return
+        if self._closed:
+            raise SessionFailedError("step() after the session was closed")
         entered = time.perf_counter()
         waited_before = self.idle_s
         self.steps += 1
@@ -227,9 +233,12 @@ class Session:
         while not self.finished:
             if box.failure is not None:
                 self._background.raise_failure()
-            update = box.updates[0] if box.updates else None
-            opened = box.open
-            version = box.version
+            with box.changed:  # one look: a round must not seem open before what it builds on is merged
+                update = box.updates[0] if box.updates else None
+                opened, ended, version = box.open, box.ended, box.version
+            if ended is not None and update is None:
+                self._end(ended)
+                return
             if box.progress_wanted and update is None:
                 box.progress_wanted = False
                 self._background.progress(self._view.gather(self._view.select(None)), self._merged)
@@ -274,7 +283,12 @@ class Session:
         plan = opened.open.plan
         copy = self._view.gather(opened.selected)
         self._background.snapshot(
-            plan.round, copy, self._view.statistics(), self._cycle.steps_since_merge, self._cycle.last_overlap
+            plan.round,
+            copy,
+            self._view.statistics(),
+            self._cycle.steps_since_merge,
+            self._cycle.last_overlap,
+            self._merged,
         )
         self._snapshot_steps = self._cycle.steps_since_merge
         self._cycle.took_snapshot(plan.round)
@@ -309,7 +323,6 @@ class Session:
         self._cycle.merged(own=own, now=time.monotonic())
         if plan is not None:
             self._note_round(plan, own, update.sent is not None)
-        self._end_if_over()
 
     def _rejoin_after_absence(self, ready: ReadyUpdate) -> None:
         """x = c + u − β(c − a), so that progress which the others made too is not added twice."""
@@ -343,16 +356,13 @@ class Session:
             self._on_round(record)
         self._waited_in_round = 0.0
         if plan.kind is RoundKind.EVALUATION and self._on_evaluation is not None:
-            self._on_evaluation(plan.round, self.run_s)
+            self._on_evaluation(self, plan.round)
 
-    def _end_if_over(self) -> None:
-        box = self._background.mailbox
-        if box.ended is None or box.updates:
-            return
+    def _end(self, ended: RunEnded) -> None:
         self._ended_s = time.monotonic()
-        if box.ended.vector is not None and box.ended.statistics is not None:
-            self._view.load_vector(box.ended.vector)
-            self._view.load_statistics(box.ended.statistics)
+        if ended.vector is not None and ended.statistics is not None:
+            self._view.load_vector(ended.vector)
+            self._view.load_statistics(ended.statistics)
         self.finished = True
 
     # --- figures --------------------------------------------------------------------------------------------
@@ -401,6 +411,10 @@ class Session:
             engine.bytes_down,
         )
 
+    def live_values(self) -> Floats:
+        """The live parameters in logical order, then the statistics; a new float32 array."""
+        return np.concatenate([self._view.vector(), self._view.statistics()])
+
     # --- saving ---------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
@@ -448,10 +462,14 @@ class Session:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if kind is None or kind is KeyboardInterrupt:
-            self.close()
-        else:
-            self.close(Reason.FAILED, f"{kind.__name__}: {error}"[:500])
+        self.close(*_why(error))
+
+
+def _why(error: BaseException | None) -> tuple[Reason | None, str]:
+    """What the server is told about an end."""
+    if error is None or isinstance(error, KeyboardInterrupt):
+        return None, ""
+    return Reason.FAILED, f"{type(error).__name__}: {error}"[:500]
 
 
 def _cycle(pace: Pace, local: int | None, interval: float, overlap: int | None) -> Cycle:
@@ -494,7 +512,7 @@ def join(
     connect_timeout_s: float = 60.0,
     server_timeout_s: float = 600.0,
     on_round: Callable[[RoundRecord], None] | None = None,
-    on_evaluation: Callable[[int, float], None] | None = None,
+    on_evaluation: Callable[[Session, int], None] | None = None,
     rejoin: str = "project",
     state: Mapping[str, Any] | None = None,
 ) -> Session:
@@ -520,7 +538,7 @@ def join(
             leaves out what the others have done too, `keep` and `drop` say it all.
         state: from `Session.state_dict`: come back as the worker that saved it (its name and slot count), with its
             parameters and its unsent progress.
-        on_evaluation: called right after an evaluation round was merged: (round, run time in seconds).
+        on_evaluation: called right after an evaluation round was merged, with the session and the round.
 
     Raises:
         ConfigError: something about the arguments or the model.
