@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from loscar_core.errors import LoscarError
@@ -58,6 +59,9 @@ class RoundCommitted:
         members: n.
         included: slots whose whole contribution is in.
         next_plan: what follows.
+        digest, previous_digest: of the consensus after the round and before it.
+        bitmaps: per part, the slots in its sum.
+        roster: who held the slots.
     """
 
     position: Position
@@ -67,6 +71,10 @@ class RoundCommitted:
     members: int
     included: tuple[int, ...]
     next_plan: RoundPlan
+    digest: int
+    previous_digest: int
+    bitmaps: tuple[bytes, ...]
+    roster: Sequence[bytes | None]
 
 
 @dataclass(frozen=True, slots=True)

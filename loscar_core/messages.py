@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 
 from loscar_core.config import RunConfig
+from loscar_core.indices import IndexCoding
 from loscar_core.layout import Layout
 from loscar_core.plan import HistoryEntry, RoundPlan
 from loscar_core.state import Included, Lineage, Position
@@ -108,6 +109,7 @@ class Contribution:
         checksum: of the selection, see `RoundPlan.checksum`.
         local_steps: optimizer steps taken since the last snapshot; with the first slice of part 0 only.
         overlap_steps: steps between the previous snapshot and its merge; likewise.
+        indices, base, coding: see `loscar_core.sparse_delta`; not used with a seeded selection.
     """
 
     epoch: int
@@ -118,6 +120,9 @@ class Contribution:
     checksum: int
     local_steps: int = 0
     overlap_steps: int = 0
+    indices: bytes = b""
+    base: int = 0
+    coding: IndexCoding | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -323,6 +328,7 @@ class Answer:
         round, part, offset: as in `Contribution`.
         values: encoded values.
         included: with the first slice: the slots in the sum, one bit each.
+        indices, base, coding: see `loscar_core.sparse_delta`; not used with a seeded selection.
     """
 
     round: int
@@ -330,6 +336,9 @@ class Answer:
     offset: int
     values: bytes
     included: bytes = b""
+    indices: bytes = b""
+    base: int = 0
+    coding: IndexCoding | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -714,6 +714,7 @@ class ServerMachine:
     def _commit(self, current: ServerRound) -> None:
         assert self.replica is not None
         state, plan = self.replica, current.plan
+        before, roster, bitmaps = state.digest, self.roster, current.bitmaps()
         digest = state.next_digest(current.new_values, current.new_statistics)
         state.commit(
             self.epoch,
@@ -722,8 +723,8 @@ class ServerMachine:
             current.new_values,
             current.new_statistics,
             digest,
-            current.bitmaps(),
-            self.roster,
+            bitmaps,
+            roster,
             current.members,
         )
         if self.residual is not None and current.new_residual is not None:
@@ -749,7 +750,21 @@ class ServerMachine:
                 if member.state is MemberState.ACTIVE:
                     member.state = MemberState.SUSPENDED
         seconds = self._now - self._round_opened
-        self._out.append(RoundCommitted(state.position, plan, seconds, elapsed, current.members, whole, next_plan))
+        self._out.append(
+            RoundCommitted(
+                state.position,
+                plan,
+                seconds,
+                elapsed,
+                current.members,
+                whole,
+                next_plan,
+                digest,
+                before,
+                tuple(bitmaps),
+                roster,
+            )
+        )
         self._open(next_plan)
 
     # --- endings --------------------------------------------------------------------------------------------

@@ -143,7 +143,7 @@ class ServerRound:
         """
         if message.round != self.plan.round:
             raise WrongRoundError(f"contribution to round {message.round}; round {self.plan.round} is open")
-        if message.checksum != self.checksum:
+        if message.coding is not None or message.checksum != self.checksum:
             raise WrongSelectionError(f"round {self.plan.round}: the contribution selects other coordinates")
         if not 0 <= message.part < len(self.parts):
             raise MalformedError(f"part {message.part} of {len(self.parts)}")

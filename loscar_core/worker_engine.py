@@ -419,7 +419,7 @@ class WorkerEngine:
             old = new = np.empty(0, np.float32)
         elif indices is None:
             old, new = anchor.vector, state.values[:size]
-            anchor.vector = new
+            anchor.vector = new.copy()  # the next commits change it while the update still waits
         else:
             old, new = anchor.vector.take(indices), state.values[:size]
             anchor.vector[indices] = new
@@ -433,7 +433,7 @@ class WorkerEngine:
             anchor.history.append(entry)
         if not self.initialised:
             self.initialised = True
-            self._out.append(Initialise(anchor.vector, anchor.statistics))
+            self._out.append(Initialise(anchor.vector.copy(), anchor.statistics))
         else:
             assert self.config is not None
             full_cycle = size_of_cycle(self.config, anchor.vector.size)
@@ -574,7 +574,7 @@ class WorkerEngine:
 
     def _answer(self, answer: Answer) -> None:
         receiving = self._receiving
-        if receiving is None or answer.round != receiving.plan.round:
+        if answer.coding is not None or receiving is None or answer.round != receiving.plan.round:
             raise MalformedError(f"an answer to round {answer.round}, which is not open")
         if not 0 <= answer.part < len(receiving.parts):
             raise MalformedError(f"an answer to part {answer.part} of {len(receiving.parts)}")

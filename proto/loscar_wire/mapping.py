@@ -16,6 +16,7 @@ from google.protobuf.message import DecodeError
 from loscar_core import messages as m
 from loscar_core.config import FinalRound, RunConfig
 from loscar_core.errors import LoscarError, MalformedError
+from loscar_core.indices import IndexCoding
 from loscar_core.layout import Layout, Segment
 from loscar_core.merge import MergeKind
 from loscar_core.plan import HistoryEntry, RoundKind, RoundPlan
@@ -39,6 +40,12 @@ _VALUE_TYPES = {
     ValueType.INT8: pb.VALUE_TYPE_INT8,
 }
 _VALUE_TYPES_BACK = {number: kind for kind, number in _VALUE_TYPES.items()}
+_CODINGS = {
+    None: pb.INDEX_CODING_SEEDED,
+    IndexCoding.PLAIN: pb.INDEX_CODING_PLAIN,
+    IndexCoding.GAPS: pb.INDEX_CODING_GAPS,
+}
+_CODINGS_BACK = {number: coding for coding, number in _CODINGS.items()}
 MAX_PARTS_BYTES = 1 << 16
 
 V = TypeVar("V")
@@ -234,6 +241,10 @@ def _purpose(number: int) -> m.Purpose:
         raise MalformedError(f"unknown purpose {number}") from None
 
 
+def _coding(number: int) -> IndexCoding | None:
+    return _lookup(_CODINGS_BACK, number, "index coding")
+
+
 def _reason(text: str) -> m.Reason:
     try:
         return m.Reason(text)
@@ -262,6 +273,9 @@ def _to_worker_pb(message: m.WorkerMessage) -> pb.WorkerMessage:
                     checksum=message.checksum,
                     local_steps=message.local_steps,
                     overlap_steps=message.overlap_steps,
+                    indices=message.indices,
+                    base=message.base,
+                    index_coding=_CODINGS[message.coding],
                 )
             )
         case m.Heartbeat():
@@ -321,9 +335,19 @@ def decode_worker_message(data: bytes) -> m.WorkerMessage:
 
 
 def _contribution(c: pb.Contribution) -> m.Contribution:
-    if c.index_coding != pb.INDEX_CODING_SEEDED:
-        raise MalformedError("explicit indices in a round with a seeded selection")
-    return m.Contribution(c.epoch, c.round, c.part, c.offset, c.values, c.checksum, c.local_steps, c.overlap_steps)
+    return m.Contribution(
+        c.epoch,
+        c.round,
+        c.part,
+        c.offset,
+        c.values,
+        c.checksum,
+        c.local_steps,
+        c.overlap_steps,
+        c.indices,
+        c.base,
+        _coding(c.index_coding),
+    )
 
 
 def _hello(h: pb.Hello) -> m.Hello:
@@ -390,6 +414,9 @@ def _to_server_pb(message: m.ServerMessage) -> pb.ServerMessage:
                     offset=message.offset,
                     values=message.values,
                     included=message.included,
+                    indices=message.indices,
+                    base=message.base,
+                    index_coding=_CODINGS[message.coding],
                 )
             )
         case m.Commit():
@@ -488,7 +515,9 @@ def _catch_up(c: pb.CatchUp) -> m.CatchUp:
 
 
 _FROM_SERVER: dict[str, Callable[[Any], m.ServerMessage]] = {
-    "answer": lambda a: m.Answer(a.round, a.part, a.offset, a.values, a.included),
+    "answer": lambda a: m.Answer(
+        a.round, a.part, a.offset, a.values, a.included, a.indices, a.base, _coding(a.index_coding)
+    ),
     "commit": lambda c: m.Commit(c.round, c.members, c.digest, _plan(c.plan, c.round + 1), c.elapsed_ms),
     "heartbeat_reply": lambda h: m.HeartbeatReply(h.stamp_ns),
     "welcome": _welcome,
