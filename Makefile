@@ -7,7 +7,7 @@ PROTO_TOOLS := grpcio-tools==1.72.1
 PROTO_VENV := .venv-proto
 GENERATED := proto/loscar_wire/_generated
 
-.PHONY: run test lint types proto clean
+.PHONY: run test bench lint types proto clean
 
 run: $(VENV)/worker.stamp
 	$(BIN)/loscar run $(ARGS)
@@ -17,6 +17,11 @@ test: $(VENV)/dev.stamp $(PROTO_VENV)/stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest $(ARGS)
+
+# About ten minutes, one after the other, since they measure; fetches a9a when it is not in the data folder.
+bench: $(VENV)/worker.stamp
+	status=0; for script in cli_start.py session_overhead.py main_job.py "a9a.py --download"; do \
+		$(BIN)/python benchmarks/$$script || status=1; done; exit $$status
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

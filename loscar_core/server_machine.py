@@ -186,14 +186,14 @@ class ServerMachine:
             elif not member.following:
                 # It was cut off from the answers because it could not keep up; its replica holds sent_round.
                 lineage = self.replica.lineage.truncated(member.sent_round)
-                self._catch_up(member, lineage, member.sent_round, ())
+                self._catch_up(member, lineage, member.sent_round or None)
         return self._flush()
 
     def tick(self, now: float) -> list[ServerEffect]:
         """Time has passed: leases, deadlines, start and recovery waits."""
         self._now = now
         for member in list(self.members.by_peer.values()):
-            if now - member.heard_s >= self.limits.lease_s:
+            if member.state is not MemberState.GONE and now - member.heard_s >= self.limits.lease_s:
                 self._dismiss(member, Reason.LEASE_EXPIRED, f"nothing heard for {self.limits.lease_s:g} s")
         if self.phase is Phase.RECOVERING:
             self._try_adopt()
@@ -207,7 +207,8 @@ class ServerMachine:
         if self.phase is Phase.RUNNING:
             times += [t for t in self._deadlines() if t > self._now]
         elif self.phase in (Phase.WAITING, Phase.READYING) and len(self.members):
-            times += [t for t in [self._last_join + self.limits.start_grace_s] if t > self._now]
+            waits = (self._start_grace_s(), max(self.limits.start_grace_s, self.limits.lease_s))
+            times += [t for t in (self._last_join + wait for wait in waits) if t > self._now]
         elif self.phase is Phase.RECOVERING:
             times += [t for t in [self._last_join + self.limits.start_grace_s] if t > self._now]
             times += [t for t in [self._recovering_since + self.limits.recover_after_s] if t > self._now]
@@ -222,8 +223,10 @@ class ServerMachine:
     def shut_down(self, now: float) -> list[ServerEffect]:
         """The process is ending: say so to everybody, so that they look for the next one at once."""
         self._now = now
+        self.retired = "the server is shutting down"
+        self.round = None  # nothing is closed any more just because members are sent away
         for member in list(self.members.by_peer.values()):
-            self._dismiss(member, Reason.SERVER_STOPPED, "the server is shutting down")
+            self._dismiss(member, Reason.SERVER_STOPPED, self.retired)
         return self._flush()
 
     def saved_state(self, now: float) -> SavedState | None:
@@ -259,16 +262,16 @@ class ServerMachine:
         if self.layout is None and not hello.observer:
             self._set_layout(hello.layout)
         member = self.members.add(peer, hello, self._now)
-        self._epochs_heard = max(self._epochs_heard, hello.epoch)
+        self._epochs_heard = max(self._epochs_heard, hello.epoch, hello.position.epoch)
         self._last_join = self._now
         if self._checkpoint is not None and len(self.members) == 1:
             self._recovering_since = self._now
         if not member.observer:
             self._take_slot(member)
         self._out.append(MemberJoined(member.name, member.slot, member.observer))
-        if hello.position.round > 0 and not member.observer and self._stateless:
+        if hello.position.epoch > 0 and not member.observer and self._stateless:
             self._claims[peer] = Claim.of(peer, hello)
-            if self.phase is not Phase.RECOVERING and not self._adopting:
+            if hello.position.round > 0 and self.phase is not Phase.RECOVERING and not self._adopting:
                 self._recover()
         self._welcome(member)
         if self.replica is not None:
@@ -285,6 +288,11 @@ class ServerMachine:
         return self.phase is not Phase.FINISHED and (self.replica is None or self.replica.position.round == 0)
 
     @property
+    def _holders(self) -> list[int]:
+        """Streams of workers that have closed a round of this run."""
+        return [peer for peer, claim in self._claims.items() if claim.position.round > 0]
+
+    @property
     def _adopting(self) -> bool:
         """A worker's anchor is on its way here."""
         return self._transfer is not None and self._transfer.purpose is Purpose.ANCHOR
@@ -297,9 +305,12 @@ class ServerMachine:
             for member in self.members.by_peer.values():
                 member.state, member.ready = MemberState.JOINING, False
                 member.following, member.stream = False, None
+                if member.hello.position.epoch > 0 and not member.observer:
+                    self._claims[member.peer] = Claim.of(member.peer, member.hello)
         self.phase = Phase.RECOVERING
         self._recovering_since = self._now
         self._transfer = self.replica = self.residual = self.round = None
+        self._relays.clear()
         self._t0 = None
         self._elapsed_before = 0.0
 
@@ -385,7 +396,8 @@ class ServerMachine:
                 roster=tuple(i or b"" for i in self.roster),
                 elapsed_s=self.elapsed_s(self._now),
                 waiting_for=waiting,
-                recovering=state is None and self.phase is not Phase.WAITING,
+                recovering=state is None
+                and (self.phase is Phase.RECOVERING or self._adopting or member.hello.epoch > self.epoch),
             ),
         )
 
@@ -393,10 +405,11 @@ class ServerMachine:
 
     def _try_start(self) -> None:
         workers = self.members.workers()
-        if not workers:
+        if not workers or self.retired is not None:
             return
         if self.phase is Phase.WAITING and self._enough(len(workers)):
-            self._ask_for_state(workers[0], Purpose.INITIAL_MODEL)
+            # One that has been given the run's initial model before, if there is one.
+            self._ask_for_state(min(workers, key=lambda m: (-m.hello.epoch, m.slot)), Purpose.INITIAL_MODEL)
         elif self.phase is Phase.READYING:
             ready = sum(m.ready for m in workers)
             overdue = self._now >= self._last_join + max(self.limits.start_grace_s, self.limits.lease_s)
@@ -412,7 +425,13 @@ class ServerMachine:
             return True
         if self.limits.workers is not None and not self._recovered:
             return False
-        return self._now >= self._last_join + self.limits.start_grace_s
+        return self._now >= self._last_join + self._start_grace_s()
+
+    def _start_grace_s(self) -> float:
+        """How long to wait for others after the last join. Where a worker has met this run before, others may hold
+        a state of it: they are given more time before the run is begun anew."""
+        met_before = self.phase is Phase.WAITING and self._epochs_heard > 0
+        return max(self.limits.start_grace_s, self.limits.recover_after_s if met_before else 0.0)
 
     def _ask_for_state(self, donor: Member, purpose: Purpose) -> None:
         assert self.layout is not None
@@ -421,12 +440,19 @@ class ServerMachine:
         self._send(donor, SendState(purpose))
 
     def _try_adopt(self) -> None:
+        if self.retired is not None:
+            return
         waited = self._now - self._recovering_since >= self.limits.recover_after_s
         choice = choose(list(self._claims.values()), waited=waited)
         saved = self._checkpoint
-        if saved is not None and (choice is None or choice.position.round <= saved.replica.position.round):
+        if saved is None and waited and choice is None:
+            self.phase = Phase.WAITING  # nobody came back who holds the state
+            if self.stop_reason is not None:
+                self._stop(self.stop_reason)
+            return
+        if saved is not None and (choice is None or _holds(saved.replica, choice.position, choice.digest)):
             # With nobody's claim to compare with, the checkpoint counts once everybody is there.
-            fresh = not self._claims and len(self.members) > 0 and self._enough(len(self.members.workers()))
+            fresh = not self._holders and len(self.members) > 0 and self._enough(len(self.members.workers()))
             if choice is not None or fresh or (waited and len(self.members) > 0):
                 self._out.append(Notice(f"going on from the checkpoint at {saved.replica.position}"))
                 self._take_over(saved.replica, saved.config, saved.elapsed_s)
@@ -457,10 +483,10 @@ class ServerMachine:
     def _take_over(self, state: Replica, config: RunConfig | None, elapsed_s: float) -> None:
         """Make a state the run's: the initial one (without a configuration of its own), or a recovered one."""
         self.replica = state
+        before, self.epoch = self.epoch, max(self._epochs_heard, state.position.epoch) + 1
         if config is None:
             state.position = Position(self.epoch, 0)
         else:
-            self.epoch = max(self._epochs_heard, state.position.epoch) + 1
             own = self.config
             self.config = replace(config, rounds=own.rounds, duration_s=own.duration_s, max_steps=own.max_steps)
             self._elapsed_before = elapsed_s
@@ -472,20 +498,27 @@ class ServerMachine:
         self.phase = Phase.READYING
         self._last_join = self._now
         for each in list(self.members.by_peer.values()):
-            if config is not None:
+            if config is not None or self.epoch != before:
                 self._welcome(each)
-            self._catch_up_from_hello(each)
+            try:
+                self._catch_up_from_hello(each)
+            except LoscarError as error:
+                self._refuse(each.peer, error)
 
     def _start(self) -> None:
         assert self.replica is not None
         self._t0 = self._now
         self.phase = Phase.RUNNING
-        plan = self._next_plan(self.replica.position.round + 1, final_done=False)
+        last = self.replica.history.last(1)
+        final_done = any(e.plan.kind is RoundKind.FINAL for e in last)
+        plan = self._next_plan(self.replica.position.round + 1, final_done=final_done)
         self._out.append(RunStarted(self.replica.position, len(self.members.workers()), self._elapsed_before))
         self._open(plan)
-        for member in self.members.by_peer.values():
-            if member.following:
-                self._send(member, OpenRound(plan, self.elapsed_s(self._now)))
+        self._announce(plan)
+
+    def _announce(self, plan: RoundPlan) -> None:
+        peers = tuple(m.peer for m in self.members.by_peer.values() if m.following)
+        self._out.append(Send(peers, OpenRound(plan, self.elapsed_s(self._now))))
 
     # --- catching up ----------------------------------------------------------------------------------------
 
@@ -495,20 +528,37 @@ class ServerMachine:
         if hello.position.round == 0:
             # A fresh worker that holds the initial model already lacks nothing while no round is closed.
             same = state.position.round == 0 and hello.vector_checksum == state.digest and not member.observer
-            self._catch_up(member, Lineage(), 0 if same else None, ())
+            self._catch_up(member, Lineage(), 0 if same else None)
             return
-        known = state.history.digest_at(hello.position)
+        held = hello.position.round
+        shared = state.lineage.last_common_round(state.position.round, hello.lineage, held)
+        if held > state.position.round and not shared and not member.observer:
+            # Taking it back would throw its run away for one that has hardly begun.
+            raise WrongRoundError(
+                f"{member.name} holds round {held} of this run, which was begun anew here and is in round "
+                f"{state.position.round}: restart this server to recover the older state"
+            )
+        known = state.digest_at(hello.position)
         if known is not None and known != hello.digest:
             self._out.append(Notice(f"{member.name}: its replica differs at {hello.position}: sending all of it"))
-            self._catch_up(member, hello.lineage, None, ())
+            self._catch_up(member, hello.lineage, None)
         else:
-            self._catch_up(member, hello.lineage, hello.position.round, tuple(e.plan for e in hello.recent))
+            digests = {e.position: e.digest for e in hello.recent} | {hello.position: hello.digest}
+            self._catch_up(member, hello.lineage, held, tuple(e.plan for e in hello.recent), digests)
 
-    def _catch_up(self, member: Member, lineage: Lineage, round_: int | None, recent: tuple[RoundPlan, ...]) -> None:
+    def _catch_up(
+        self,
+        member: Member,
+        lineage: Lineage,
+        round_: int | None,
+        recent: tuple[RoundPlan, ...] = (),
+        digests: dict[Position, int] | None = None,
+    ) -> None:
         assert self.replica is not None
-        announcement, stream = plan_catch_up(self.replica, self.config.seed, lineage, round_, recent)
+        announcement, stream = plan_catch_up(self.replica, self.config.seed, lineage, round_, recent, digests)
         member.stream = stream
         member.following = True
+        member.ready = False
         member.behind = 0
         member.sent_round = self.replica.position.round
         self._send(member, announcement)
@@ -544,13 +594,13 @@ class ServerMachine:
             case VectorChunk():
                 self._vector_chunk(member, message)
             case Ready():
-                self._ready(member)
+                self._ready(member, message.position)
             case Refresh():
-                self._out.append(Notice(f"{member.name}: its replica diverged at round {message.round}"))
-                self._catch_up(member, Lineage(), None, ())
+                if self.replica is not None:
+                    self._out.append(Notice(f"{member.name}: its replica diverged at round {message.round}"))
+                    self._catch_up(member, Lineage(), None)
             case StateOffer():
-                if self._transfer is not None and self._transfer.peer == member.peer:
-                    self._transfer.offer = message
+                self._state_offer(member, message)
             case StopRun():
                 self._stop(message.why)
             case Leave():
@@ -558,12 +608,34 @@ class ServerMachine:
             case _:
                 raise MalformedError(f"a worker does not send {type(message).__name__}")
 
+    def _state_offer(self, member: Member, offer: StateOffer) -> None:
+        transfer = self._transfer
+        if transfer is None or transfer.peer != member.peer:
+            return  # no longer wanted
+        claim = self._claims.get(member.peer)
+        if transfer.purpose is not Purpose.ANCHOR or transfer.offer is not None or claim is None:
+            raise MalformedError("a state that was not asked for")
+        if (offer.position, offer.digest) != (claim.position, claim.digest):
+            raise MalformedError(f"a state at {offer.position} where {claim.position} was claimed")
+        spans = offer.lineage.spans
+        if not spans or spans[-1][0] != offer.position.epoch or spans[-1][1] > offer.position.round:
+            raise MalformedError(f"a state at {offer.position} with the lineage {spans}")
+        if any(e.position.round > offer.position.round for e in offer.recent) or any(
+            entry.round > offer.position.round for entry in offer.inclusion.values()
+        ):
+            raise MalformedError(f"a state at {offer.position} that speaks of later rounds")
+        assert self.layout is not None
+        offer.config.count(self.layout.dimension)
+        transfer.offer = offer
+
     def _contribution(self, member: Member, message: Contribution) -> None:
-        if self.replica is None or member.observer:
-            raise WrongRoundError("contributions are not expected from this member")
-        if message.epoch > self.epoch:
+        if member.observer:
+            raise WrongRoundError("contributions are not expected from an observer")
+        if message.epoch > max(self.epoch, self._epochs_heard):
             raise WrongRoundError(f"contribution to epoch {message.epoch}; this server is in {self.epoch}")
-        if message.epoch < self.epoch or message.round <= self.replica.position.round:
+        if self.replica is None and self._epochs_heard == 0:
+            raise WrongRoundError(f"contribution to round {message.round} before the run has begun")
+        if self.replica is None or message.epoch < self.epoch or message.round <= self.replica.position.round:
             return  # late: the progress is still with the worker and goes out with a later round
         current = self.round
         if current is None or self.phase is not Phase.RUNNING:
@@ -578,9 +650,11 @@ class ServerMachine:
                 member.contributed += 1
             self._advance(message.part)
 
-    def _ready(self, member: Member) -> None:
-        if member.observer or member.stream is not None:
+    def _ready(self, member: Member, position: Position) -> None:
+        if member.observer or member.stream is not None or not member.following:
             return
+        if self.replica is None or not _passed(self.replica, position):
+            return  # of a state that was given up meanwhile: it says so again when it has caught up
         member.ready = True
         self._clone(member)
         current = self.round
@@ -612,18 +686,17 @@ class ServerMachine:
             self._send(donor, SendState(Purpose.PROGRESS))
 
     def _relay(self, donor: Member, chunk: VectorChunk) -> None:
-        assert self.replica is not None
-        peer, relayed = self._relays.get(donor.peer, (0, 0))
+        if self.replica is None or donor.peer not in self._relays:
+            return  # no longer wanted
+        peer, relayed = self._relays[donor.peer]
         newcomer = self.members.by_peer.get(peer)
         size = self.replica.vector.size
         count = len(chunk.values) // 4
-        if newcomer is None:
-            self._relays.pop(donor.peer, None)
-            return  # it left meanwhile
         if chunk.total != size or chunk.offset != relayed or len(chunk.values) % 4 or not 0 < count <= size - relayed:
             raise MalformedError(f"a chunk of progress at {chunk.offset} of {chunk.total}; {relayed} was next")
         require_finite(np.frombuffer(chunk.values, "<f4"), "a worker's progress")
-        self._send(newcomer, chunk)
+        if newcomer is not None:  # it may have left: then the rest goes nowhere
+            self._send(newcomer, chunk)
         if relayed + count == size:
             del self._relays[donor.peer]
         else:
@@ -652,17 +725,20 @@ class ServerMachine:
             self.roster = list(self.roster)
             for slot, incarnation in self._slot_changes.items():
                 self.roster[slot] = incarnation
-                peers = tuple(m.peer for m in self.members.by_peer.values() if m.following)
-                self._out.append(Send(peers, SlotTaken(slot, incarnation)))
+                # To everybody: who is not following now will be, and is not told the roster again then.
+                self._out.append(Send(tuple(self.members.by_peer), SlotTaken(slot, incarnation)))
             self._slot_changes = {}
-        for member in self.members.workers():
-            if member.ready and member.following and member.stream is None:
-                member.state = MemberState.ACTIVE
+        for member in self._available():
+            member.state = MemberState.ACTIVE
         slots = {m.slot: m.incarnation for m in self.members.active()}
         self.round = ServerRound(
             plan, self.config.seed, self.replica, self.residual, slots, self.limits, self._norm_bound
         )
         self._round_opened = self._now
+
+    def _available(self) -> list[Member]:
+        """Members that the next round can wait for."""
+        return [m for m in self.members.workers() if m.ready and m.following and m.stream is None]
 
     def _present(self) -> list[Member]:
         """Members of the open round that are still there and active."""
@@ -683,21 +759,24 @@ class ServerMachine:
         """Close what can be closed; commit and open the next round when all of it is.
 
         A part closes when every active member of the round is in it, apart from those past their deadline,
-        and at least half of the active ones are.
+        and at least half of the active ones are. When all members of a round have gone, it waits for the first that
+        is ready: to begin anew with whoever is there or, when some of it has been received, to close the rest.
         """
         while self.phase is Phase.RUNNING and self.round is not None:
             current = self.round
             present = self._present()
-            if not present and current.untouched:
-                if any(m.ready for m in self.members.workers()):
-                    self._open(current.plan)
-                    present = self._present()
-                if not present:
+            if not present:
+                if not self._available():
                     if self.stop_reason is not None and not self.members.workers():
                         self._finish(self.stop_reason)
                     return
-                continue
-            quorum = max(1, (len(present) + 1) // 2)
+                if current.untouched:
+                    # What they have sent for it did not count: they are asked to send it again.
+                    self._open(current.plan)
+                    self.round.reopened = True
+                    self._announce(current.plan)
+                    continue
+            quorum = (len(present) + 1) // 2
             since = self._now - self._round_opened
             awaited = [m.slot for m in present if since < m.deadline_s(self.limits)]
             for index in current.open_parts() if part is None else [part]:
@@ -735,6 +814,8 @@ class ServerMachine:
                 member.state = MemberState.SUSPENDED
                 member.ready = False
                 member.missed += 1
+                # At least so long: or a worker that has become slower would miss every round from now on.
+                member.cycles_s.append(self._now - self._round_opened)
         next_plan = self._next_plan(plan.round + 1, final_done=plan.kind is RoundKind.FINAL)
         elapsed = self.elapsed_s(self._now)
         commit = Commit(plan.round, current.members, digest, next_plan, round(elapsed * 1000))
@@ -745,8 +826,10 @@ class ServerMachine:
             member.behind += 1
             if member.behind > self.limits.max_backlog_rounds:
                 member.following = False  # its outbox never empties: values instead of answers, once it does
-                member.stream = None
                 member.ready = False
+                if member.stream is not None:
+                    member.sent_round = 0  # it was not even sent the whole vector: it will be, from the start
+                    member.stream = None
                 if member.state is MemberState.ACTIVE:
                     member.state = MemberState.SUSPENDED
         seconds = self._now - self._round_opened
@@ -773,8 +856,17 @@ class ServerMachine:
         if self.stop_reason is None:
             self.stop_reason = why
             self._out.append(Notice(f"ending the run: {why}"))
-        if self.phase in (Phase.WAITING, Phase.RECOVERING, Phase.TRANSFERRING, Phase.READYING):
+        recovering = self.phase is Phase.RECOVERING or self._adopting or self._recovered
+        if self.phase not in (Phase.RUNNING, Phase.FINISHED):
+            if recovering and self.members.workers():
+                return  # they hold a run: it is recovered first, and then ends as it should
             self._finish(why)
+            self._transfer = None
+            for member in list(self.members.by_peer.values()):
+                if self.replica is None:
+                    self._dismiss(member, Reason.FINISHED, why)
+                elif member.following:
+                    self._send(member, OpenRound(end_plan(self.replica.position.round + 1), self.elapsed_s(self._now)))
         self._advance()
 
     def _finish(self, why: str) -> None:
@@ -785,18 +877,22 @@ class ServerMachine:
     def _remove(self, member: Member, reason: Reason, detail: str) -> None:
         """Forget a member; the open round does not wait for it any more."""
         self.members.remove(member, reason, detail, self._now)
-        self._claims.pop(member.peer, None)
+        if self._claims.pop(member.peer, None) is not None and not self._holders:
+            self._recovering_since = self._now  # it may come back
         self._relays.pop(member.peer, None)
         if self.round is not None and self.round.slots.get(member.slot) == member.incarnation:
             self.round.forget_unfinished(member.slot)
         self._out.append(MemberGone(self.members.departures[-1]))
         if self._transfer is not None and self._transfer.peer == member.peer:
+            recovering = self._adopting or self._checkpoint is not None
             self._transfer = None
-            self.phase = Phase.RECOVERING if self._claims or self._checkpoint else Phase.WAITING
-            if self.phase is Phase.RECOVERING:
+            self.phase = Phase.RECOVERING if recovering else Phase.WAITING
+            if recovering:
                 self._try_adopt()
         if not self.members.workers() and self.phase is Phase.WAITING:
             self.layout = None  # nobody is left who could have meant that model
+        if not self.members.workers() and self.stop_reason is not None:
+            self._stop(self.stop_reason)
         self._try_start()
         self._advance()
 
@@ -810,3 +906,18 @@ class ServerMachine:
     def _flush(self) -> list[ServerEffect]:
         out, self._out = self._out, []
         return out
+
+
+def _holds(state: Replica, position: Position, digest: int) -> bool:
+    """Whether a state goes on from a point that somebody holds, or is it; the longest past is judged by its epoch."""
+    known = state.digest_at(position)
+    if known is not None:
+        return known == digest
+    return position.round < state.position.round and state.lineage.epoch_of(position.round) == position.epoch
+
+
+def _passed(state: Replica, position: Position) -> bool:
+    """Whether a state has been at a position."""
+    if position.round == 0:
+        return state.position.round > 0 or state.position == position
+    return position.round <= state.position.round and state.lineage.epoch_of(position.round) == position.epoch

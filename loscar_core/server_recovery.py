@@ -1,8 +1,14 @@
 """Which worker's anchor a server that lost its state takes over.
 
-The rule: once a majority of the last round's members has said hello (or after a wait), adopt the furthest anchor,
-but none that is more than one round beyond what a majority vouches for, and none whose digest chain does not pass
-through the majority's. So neither a liar with a far position nor a lone worker cut off at a standby moves the run.
+The rule: once a majority of the last round's members has said hello (or after a wait), adopt the furthest anchor whose
+digest chain goes on from what a majority holds. A majority of a round's members has committed the round before it, so
+any majority that says hello contains one that is at most one round behind the furthest: nothing that a worker has
+forgotten how to take back is undone.
+
+A claim that is further but whose chain does not reach back to the majority's point is either a liar's, or that of a
+worker which was cut off at a standby, or honest, and then it is the majority that was cut off. While somebody is
+missing, such a claim makes the server wait; otherwise it is refused. So neither a liar with a far position nor a lone
+worker moves the run. Once as many claim as the last round had members, there is nobody to wait for.
 """
 
 from __future__ import annotations
@@ -13,26 +19,40 @@ from dataclasses import dataclass
 from loscar_core.messages import Hello
 from loscar_core.state import Position
 
+Point = tuple[Position, int]
+"""A state by its position and digest."""
+
+START: Point = (Position(), 0)
+"""Stands for the state before round 1, whoever began the run."""
+
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A worker's word about its anchor."""
+    """A worker's word about its anchor.
+
+    Attributes:
+        peer: its stream.
+        position, digest: what it holds; round 0 when it knows the run, but has closed no round.
+        members: n of the last round.
+        chain: the last points that it passed, without a gap up to what it holds, which is the last.
+    """
 
     peer: int
     position: Position
     digest: int
     members: int
-    chain: tuple[tuple[Position, int], ...]
+    chain: tuple[Point, ...]
 
     @classmethod
     def of(cls, peer: int, hello: Hello) -> Claim:
-        chain = {e.position: e.digest for e in hello.recent}
-        chain[hello.position] = hello.digest
-        return cls(peer, hello.position, hello.digest, hello.members, tuple(sorted(chain.items())))
-
-    def vouches_for(self, position: Position, digest: int) -> bool:
-        """This worker holds the round, with the same consensus."""
-        return (position, digest) in self.chain
+        if hello.position.round == 0:
+            return cls(peer, hello.position, hello.digest, 0, (START,))
+        by_round = {e.position.round: (e.position, e.digest) for e in hello.recent}
+        by_round[0] = START
+        chain = [(hello.position, hello.digest)]
+        while (before := by_round.get(chain[-1][0].round - 1)) is not None and before[0] < chain[-1][0]:
+            chain.append(before)
+        return cls(peer, hello.position, hello.digest, max(1, hello.members), tuple(chain[::-1]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +61,7 @@ class Choice:
 
     peer: int
     position: Position
+    digest: int
     vouchers: int
     by_majority: bool
 
@@ -49,30 +70,44 @@ def choose(claims: list[Claim], *, waited: bool) -> Choice | None:
     """Pick the anchor to adopt.
 
     Args:
-        claims: one per worker that holds a position.
+        claims: one per worker that knows the run.
         waited: `--recover-after` has passed, so fewer than a majority may decide.
 
     Returns:
-        None while it is too early to decide.
+        None while it is too early to decide, or when no worker has closed a round.
     """
-    if not claims:
+    holders = [c for c in claims if c.position.round > 0]
+    if not holders:
         return None
-    # Who was in the last round is what the furthest plausible claims say; a single claim cannot inflate it.
-    members = Counter(c.members for c in claims).most_common(1)[0][0]
-    needed = members // 2 + 1
-    if len(claims) < needed and not waited:
+    missing = not waited and len(claims) < max(c.members for c in holders)
+    if missing and len(claims) < min(c.members for c in holders) // 2 + 1:
         return None
-    threshold = min(needed, len(claims) // 2 + 1) if waited else needed
-    # The furthest point that enough workers hold with the same digest.
-    points = Counter(point for c in claims for point in set(c.chain))
-    vouched = [(point, n) for point, n in points.items() if n >= threshold]
-    if not vouched:
-        if not waited:
-            return None
-        vouched = [(point, n) for point, n in points.items() if n == max(points.values())]
-    (position, digest), vouchers = max(vouched, key=lambda item: item[0][0])
-    acceptable = [c for c in claims if c.vouches_for(position, digest) and c.position.round <= position.round + 1]
-    best = max(acceptable, key=lambda c: (c.position, -c.peer), default=None)
-    if best is None:
+    vouchers = Counter(point for c in claims for point in c.chain)
+    points = {point for c in holders for point in c.chain}
+    needed = {point: _needed(point, claims) for point in points}
+    # One voucher among several claims proves nothing, even where a round had but one member.
+    safe = [p for p in points if vouchers[p] >= needed[p] and (vouchers[p] > 1 or len(claims) == 1)]
+    if safe:
+        base = max(safe, key=_by_round)
+    elif missing:
         return None
-    return Choice(best.peer, best.position, vouchers, vouchers >= needed)
+    else:
+        base = max(points, key=lambda p: (vouchers[p], _by_round(p)))
+    connected = [c for c in holders if base in c.chain]
+    if missing and any(c.position.round > base[0].round for c in holders if c not in connected):
+        return None
+    best = max(connected, key=lambda c: (c.position.round, c.position.epoch, -c.peer))
+    return Choice(best.peer, best.position, best.digest, vouchers[base], vouchers[base] >= needed[base])
+
+
+def _needed(point: Point, claims: list[Claim]) -> int:
+    """A majority of the members of a point's round, as most of those say who stopped there (or passed it)."""
+    told = [c.members for c in claims if c.chain[-1] == point and c.members]
+    told = told or [c.members for c in claims if point in c.chain and c.members]
+    counts = Counter(told)
+    return max(counts, key=lambda n: (counts[n], n)) // 2 + 1
+
+
+def _by_round(point: Point) -> tuple[int, int, int]:
+    position, digest = point
+    return position.round, position.epoch, digest

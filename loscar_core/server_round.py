@@ -83,6 +83,8 @@ class ServerRound:
         self.new_values = np.empty(self.indices.size, np.float32)
         self.new_residual = None if residual is None else np.empty(self.indices.size, np.float32)
         self.new_statistics = replica.statistics.copy() if replica.statistics.size else None
+        self.reopened = False
+        """It was begun anew with other members, who may have been sending already."""
         self._order = sorted(self.slots)
         self._sums = [_PartSum(part) for part in self.parts]
         self._open = len(self._sums)
@@ -158,6 +160,8 @@ class ServerRound:
         if state.answer is not None:
             return False  # closed without this member: its progress stays with it and goes out later
         filled = incoming.filled if incoming else 0
+        if self.reopened and filled == 0 and message.offset > 0:
+            return False  # the rest of a part whose beginning did not count: all of it is on its way again
         if message.offset != filled:
             raise MalformedError(f"part {part.index}: a message at {message.offset} where {filled} was next")
         count = _count_in(message.values, kind, part.size - filled)

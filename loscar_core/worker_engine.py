@@ -43,7 +43,16 @@ from loscar_core.messages import (
     WorkerMessage,
     WorkerReport,
 )
-from loscar_core.plan import Part, RoundKind, RoundPlan, missed_coordinates, parts_of, slices
+from loscar_core.plan import (
+    HISTORY_ROUNDS,
+    HistoryEntry,
+    Part,
+    RoundKind,
+    RoundPlan,
+    missed_coordinates,
+    parts_of,
+    slices,
+)
 from loscar_core.replica import Floats, Indices, Replica
 from loscar_core.selection import SelectionKind
 from loscar_core.server_catchup import RECENT_SENT, STREAM_VALUES
@@ -79,12 +88,14 @@ class RoundOpen:
         indices: its coordinates, K int64 ascending.
         contributed: this worker's contribution to it exists already.
         elapsed_s: run time when the server opened it, as far as known here.
+        opening: number of this announcement, to be handed back with the snapshot that follows it.
     """
 
     plan: RoundPlan
     indices: Indices
     contributed: bool
     elapsed_s: float
+    opening: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,10 +230,13 @@ class WorkerEngine:
         self.bytes_up = 0
         self.bytes_down = 0
         self._roster: list[bytes | None] = []
+        self._own_slots: tuple[int, ...] = ()
+        self._opening = 0
         self._receiving: _Receiving | None = None
         self._catching_up: _CatchingUp | None = None
-        self._diverged = False
-        self._refreshing = False
+        self._diverged = False  # the last commit that could be compared left the chain
+        self._refreshing = False  # nothing counts before the refresh that was asked for
+        self._refresh_due = False  # the anchor cannot be trusted before a full copy has arrived
         self._progress: Floats | None = None
         self._progress_filled = 0
         self._out: list[WorkerEffect] = []
@@ -235,6 +249,7 @@ class WorkerEngine:
         self.plan = None
         self._receiving = None
         self._catching_up = None
+        self._progress = None
         anchor = self.anchor
         return Hello(
             protocol_version=PROTOCOL_VERSION,
@@ -248,10 +263,15 @@ class WorkerEngine:
             epoch=self.epoch,
             members=anchor.members,
             position=anchor.position if self.initialised else Position(),
-            digest=anchor.digest,
+            digest=self._claimed_digest,
             lineage=anchor.lineage,
             recent=anchor.history.last(RECENT_SENT),
         )
+
+    @property
+    def _claimed_digest(self) -> int:
+        """The anchor's digest; one that nobody shares while it waits for a refresh, which a new stream has to bring."""
+        return self.anchor.digest ^ 0xFFFFFFFF if self._refresh_due else self.anchor.digest
 
     def disconnected(self) -> None:
         """The stream broke. The worker trains on; its contribution in flight will be sent again."""
@@ -260,6 +280,7 @@ class WorkerEngine:
         self._refreshing = False
         self._receiving = None
         self._catching_up = None
+        self._progress = None
 
     def heartbeat(self, stamp_ns: int, report: WorkerReport) -> Heartbeat:
         return Heartbeat(stamp_ns, self.anchor.position.round, report)
@@ -305,19 +326,30 @@ class WorkerEngine:
         self.run_id = welcome.run_id
         self.welcome = welcome
         self.slot = welcome.slot
-        self.config = welcome.config
-        self._roster = [i or None for i in welcome.roster]
+        self._set_roster([i or None for i in welcome.roster])
         if not welcome.recovering:
             self.epoch = welcome.epoch
-        self.elapsed_s = welcome.elapsed_s
+        if not (welcome.recovering and self.initialised):
+            # A server that has lost its memory is told the run's configuration and time, it does not tell them.
+            self.config = welcome.config
+            self.elapsed_s = welcome.elapsed_s
+
+    def _set_roster(self, roster: list[bytes | None]) -> None:
+        self._roster = roster
+        self._own_slots = tuple(slot for slot, holder in enumerate(roster) if holder == self.incarnation)
+
+    def _configured(self) -> RunConfig:
+        if self.config is None:
+            raise MalformedError("the first message of a server must be a welcome")
+        return self.config
 
     def _slot_taken(self, message: SlotTaken) -> None:
-        roster = list(self._roster)  # a new list: committed rounds keep theirs
         if not 0 <= message.slot < 1 << 20:
             raise MalformedError(f"slot {message.slot}")
+        roster = list(self._roster)  # a new list: committed rounds keep theirs
         roster += [None] * (message.slot + 1 - len(roster))
         roster[message.slot] = message.incarnation or None
-        self._roster = roster
+        self._set_roster(roster)
 
     def _send_state(self, purpose: Purpose) -> None:
         """Hand the anchor over: as the initial model, or to a server that lost its state."""
@@ -326,17 +358,17 @@ class WorkerEngine:
             self._out.append(ProgressWanted())
             return
         if purpose is Purpose.ANCHOR:
-            assert self.config is not None
+            config = self._configured()
             self._out.append(
                 Emit(
                     StateOffer(
                         position=anchor.position,
-                        digest=anchor.digest,
+                        digest=self._claimed_digest,
                         lineage=anchor.lineage,
                         inclusion=anchor.inclusion.entries(),
                         recent=anchor.history.last(RECENT_SENT),
                         members=anchor.members,
-                        config=self.config,
+                        config=config,
                         elapsed_s=max(self.elapsed_s, 0.0),
                     )
                 )
@@ -359,11 +391,16 @@ class WorkerEngine:
     def _progress_chunk(self, chunk: VectorChunk) -> None:
         """A live worker's unsent progress: a newcomer starts where that worker is, not at the older consensus."""
         size = self.anchor.vector.size
-        values = np.frombuffer(chunk.values, "<f4")
+        values = _floats(chunk)
         if chunk.offset == 0:
             self._progress = np.zeros(size, np.float32)
             self._progress_filled = 0
-        if self._progress is None or chunk.total != size or chunk.offset != self._progress_filled:
+        if (
+            self._progress is None
+            or chunk.total != size
+            or chunk.offset != self._progress_filled
+            or values.size > size - chunk.offset
+        ):
             raise MalformedError(f"a live worker's progress at {chunk.offset}; {self._progress_filled} was next")
         require_finite(values, "a live worker's progress")
         self._progress[chunk.offset : chunk.offset + values.size] = values
@@ -375,12 +412,12 @@ class WorkerEngine:
     # --- catching up ----------------------------------------------------------------------------------------
 
     def _catch_up(self, message: CatchUp) -> None:
-        assert self.config is not None
+        config = self._configured()
         self._receiving = None
         self.plan = None
         self._refreshing = False
         dimension = self.anchor.vector.size
-        indices = None if message.full else missed_coordinates(self.config.seed, dimension, message.plans)
+        indices = None if message.full else missed_coordinates(config.seed, dimension, message.plans)
         if indices is None and not message.full:
             raise MalformedError("a partial catch-up over more coordinates than are sent in one go")
         size = dimension if indices is None else indices.size
@@ -397,7 +434,7 @@ class WorkerEngine:
         state = self._catching_up
         if state is None or chunk.purpose is not Purpose.CATCH_UP or chunk.total != state.values.size:
             raise MalformedError("values that were not announced")
-        values = np.frombuffer(chunk.values, "<f4")
+        values = _floats(chunk)
         if chunk.offset != state.filled or values.size > state.values.size - state.filled:
             raise MalformedError(f"catch-up values at {chunk.offset}; {state.filled} was next")
         require_finite(values, "the catch-up")
@@ -412,6 +449,8 @@ class WorkerEngine:
         assert state is not None
         self._catching_up = None
         told, indices = state.announcement, state.indices
+        if indices is None or told.digest == self._claimed_digest:
+            self._refresh_due = False
         size = anchor.vector.size if indices is None else indices.size
         statistics = state.values[size:].copy() if state.values.size else None
         before = anchor.position.round
@@ -435,11 +474,9 @@ class WorkerEngine:
             self.initialised = True
             self._out.append(Initialise(anchor.vector.copy(), anchor.statistics))
         else:
-            assert self.config is not None
-            full_cycle = size_of_cycle(self.config, anchor.vector.size)
+            full_cycle = size_of_cycle(self._configured(), anchor.vector.size)
             long_absence = told.position.round - before > full_cycle
             self._settle(indices, old, new, statistics, long_absence)
-        self._diverged = self._diverged and before >= anchor.position.round
         self._out.append(Emit(Ready(anchor.position)))
         if self._receiving is not None:
             self._announce(self._receiving)
@@ -452,9 +489,9 @@ class WorkerEngine:
         """Move the model with the anchor; then subtract, or add back, what of this worker's contributions the
         caught-up state has or no longer has."""
         anchor = self.anchor
-        waiting = [n for n, r in self.ledger.records.items() if not r.decided]
-        todo = self.ledger.resolve(anchor.inclusion.of(self.incarnation), anchor.position.round)
-        settled = max((n for n in waiting if self.ledger.records[n].decided), default=None)
+        waiting = [r for r in self.ledger.all() if not r.decided]
+        todo = self.ledger.resolve(anchor.inclusion.of(self.incarnation), anchor.position.round, anchor.lineage)
+        settled = max((r.plan.round for r in waiting if r.decided), default=None)
         if new.size or settled is not None:
             moved = indices if new.size else np.empty(0, np.int64)
             self._out.append(Update(0, moved, old, new, None, statistics, settled, None, long_absence))
@@ -469,15 +506,12 @@ class WorkerEngine:
     # --- rounds ---------------------------------------------------------------------------------------------
 
     def _open(self, plan: RoundPlan, elapsed_s: float) -> None:
-        assert self.config is not None
+        config = self._configured()
         self.plan = plan
         self.elapsed_s = elapsed_s
         self._receiving = None
-        stale = self.ledger.in_flight(plan.round)
-        if stale is not None and stale.plan != plan:
+        if self.ledger.opened(plan):
             # The round was planned anew after a recovery: what was taken for it goes out later.
-            self.ledger.decide(stale, 0)
-            del self.ledger.records[plan.round]
             empty = np.empty(0, np.float32)
             self._out.append(Update(0, np.empty(0, np.int64), empty, empty, None, None, plan.round, None))
         if plan.kind is RoundKind.END:
@@ -487,12 +521,12 @@ class WorkerEngine:
         dimension = self.anchor.vector.size
         if plan.count > dimension:
             raise MalformedError(f"round {plan.round} selects {plan.count} of {dimension} coordinates")
-        indices = plan.indices(self.config.seed, dimension)
+        indices = plan.indices(config.seed, dimension)
         parts = parts_of(indices.size, self.anchor.statistics.size)
         self._receiving = _Receiving(
             plan,
             indices,
-            plan.checksum(self.config.seed, dimension),
+            plan.checksum(config.seed, dimension),
             parts,
             np.empty(indices.size, np.float32),
             np.empty(self.anchor.statistics.size, np.float32),
@@ -503,8 +537,7 @@ class WorkerEngine:
             self._announce(self._receiving)
 
     def _end(self) -> None:
-        assert self.config is not None
-        keep = self.config.final_round is not FinalRound.DENSE
+        keep = self._configured().final_round is not FinalRound.DENSE
         self._out.append(RunEnded(*(None, None) if keep else (self.anchor.vector, self.anchor.statistics)))
 
     def _announce(self, receiving: _Receiving) -> None:
@@ -512,19 +545,30 @@ class WorkerEngine:
         record = self.ledger.in_flight(receiving.plan.round)
         if record is not None:
             record.messages = tuple(replace(m, epoch=self.epoch) for m in record.messages)
+            record.epochs.add(self.epoch)
             self._out.extend(Emit(m) for m in record.messages)
-        self._out.append(RoundOpen(receiving.plan, receiving.indices, record is not None, self.elapsed_s))
+        self._opening += 1
+        opened = RoundOpen(receiving.plan, receiving.indices, record is not None, self.elapsed_s, self._opening)
+        self._out.append(opened)
 
     def snapshot(
-        self, round_: int, values: Floats, statistics: Floats, local_steps: int, overlap_steps: int
+        self,
+        round_: int,
+        values: Floats,
+        statistics: Floats,
+        local_steps: int,
+        overlap_steps: int,
+        opening: int | None = None,
     ) -> list[WorkerEffect] | None:
         """Contribute to the open round.
 
         Args:
             round_: the round whose `RoundOpen` the snapshot follows.
-            values: x[S], K float32.
+            values: x[S], K float32, taken after that `RoundOpen` with every update merged that came before it.
             statistics: the model's statistics, float32.
             local_steps, overlap_steps: see `Contribution`.
+            opening: of that `RoundOpen`. A caller that takes the values in another thread has to give it: the same
+                round may have been announced again meanwhile, on top of another state.
 
         Returns:
             The messages, or None when the round is not open any more (its update is on the way, or the
@@ -535,6 +579,8 @@ class WorkerEngine:
         """
         receiving = self._receiving
         if receiving is None or receiving.plan.round != round_ or self._catching_up is not None:
+            return None
+        if opening is not None and opening != self._opening:
             return None
         if round_ in self.ledger.records:
             return []  # taken already, and never again: what was sent then is resent as it was
@@ -569,7 +615,7 @@ class WorkerEngine:
                     )
                 )
         self.bytes_up += sum(len(m.values) for m in messages)
-        self.ledger.add(Record(plan, receiving.indices, sent, parts, tuple(messages)))
+        self.ledger.add(Record(plan, receiving.indices, sent, parts, tuple(messages), epochs={self.epoch}))
         return [Emit(m) for m in messages]
 
     def _answer(self, answer: Answer) -> None:
@@ -614,16 +660,16 @@ class WorkerEngine:
         statistics = receiving.statistics if receiving.statistics.size else None
         digest = anchor.next_digest(new, statistics)
         if digest != commit.digest:
-            if self._diverged:
+            if self._diverged and not self._refresh_due:
                 raise ReplicaDivergedError(
                     f"the replica left the digest chain again at round {commit.round}: "
                     f"{digest:08x} where the server has {commit.digest:08x}"
                 )
-            self._diverged = True
             self._receiving = None
             self.plan = None
-            self._refreshing = True
-            self._out.append(Emit(Refresh(commit.round)))
+            if not self._refresh_due:
+                self._out.append(Emit(Refresh(commit.round)))
+            self._diverged = self._refreshing = self._refresh_due = True
             return
         self._diverged = False
         if plan.selection is SelectionKind.ALL:
@@ -643,7 +689,7 @@ class WorkerEngine:
         mask, sent = 0, None
         if record is not None:
             mask = self._own_mask(receiving.included)
-            self.ledger.decide(record, mask)
+            self.ledger.decide(record, mask, self.epoch)
             sent = record.masked(mask)
         if 2 * self._included_in(receiving) > commit.members:
             self.ledger.forget_before(plan.round)
@@ -666,6 +712,8 @@ class WorkerEngine:
                 state.values[: indices.size] += receiving.delta
             else:
                 state.values[indices] += receiving.delta
+        if receiving.statistics.size:
+            state.values[-receiving.statistics.size :] = receiving.statistics
         told = state.announcement
         table = InclusionTable(told.inclusion)
         table.record(plan.round, receiving.included, self._roster)
@@ -676,16 +724,19 @@ class WorkerEngine:
             digest=commit.digest,
             lineage=told.lineage.closed(position),
             inclusion=table.entries(),
-            recent=(),
+            recent=(*told.recent, HistoryEntry(position, plan, commit.digest))[-HISTORY_ROUNDS:],
             members=commit.members,
         )
 
     def _own_mask(self, included: Sequence[bytes]) -> int:
-        byte, bit = divmod(self.slot, 8)
+        """Which parts of a round hold this worker's contribution. The roster decides, not the present slot: that may
+        have been another worker's when the round opened, and this worker's may have been another."""
         mask = 0
-        for index, bitmap in enumerate(included):
-            if byte < len(bitmap) and bitmap[byte] >> bit & 1:
-                mask |= 1 << index
+        for slot in self._own_slots:
+            byte, bit = divmod(slot, 8)
+            for index, bitmap in enumerate(included):
+                if byte < len(bitmap) and bitmap[byte] >> bit & 1:
+                    mask |= 1 << index
         return mask
 
     def _included_in(self, receiving: _Receiving) -> int:
@@ -694,6 +745,12 @@ class WorkerEngine:
     def _flush(self) -> list[WorkerEffect]:
         out, self._out = self._out, []
         return out
+
+
+def _floats(chunk: VectorChunk) -> Floats:
+    if not chunk.values or len(chunk.values) % 4:
+        raise MalformedError(f"a vector chunk of {len(chunk.values)} bytes")
+    return np.frombuffer(chunk.values, "<f4")
 
 
 def _all_or(plan: RoundPlan, indices: Indices) -> Indices | None:

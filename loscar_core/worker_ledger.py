@@ -16,7 +16,7 @@ import numpy as np
 from loscar_core.messages import Contribution
 from loscar_core.plan import Part, RoundPlan
 from loscar_core.replica import Floats, Indices
-from loscar_core.state import Included
+from loscar_core.state import Included, Lineage
 
 
 @dataclass(slots=True)
@@ -31,6 +31,8 @@ class Record:
         messages: what was sent, to be sent again as it is.
         subtracted: bitmap of the parts that are subtracted from x − a.
         decided: the state that the worker follows has closed the round, with or without it.
+        epochs: server epochs that it was sent to: no other can have it.
+        outcomes: which parts are in, for each epoch that has closed the round.
     """
 
     plan: RoundPlan
@@ -40,6 +42,8 @@ class Record:
     messages: tuple[Contribution, ...]
     subtracted: int = 0
     decided: bool = False
+    epochs: set[int] = field(default_factory=set)
+    outcomes: dict[int, int] = field(default_factory=dict)
 
     def masked(self, mask: int) -> Floats | None:
         """δ̂ on the parts of a bitmap and 0 elsewhere; None when none of them is in it."""
@@ -60,9 +64,13 @@ class Ledger:
     """The records that may still matter, by round, and the count of all contributions by outcome.
 
     `sent` = `included` + `returned` + `outstanding` at any time.
+
+    A round may be planned anew after a recovery (say, as the final one). What was taken by the earlier plan is kept
+    apart as `superseded`: the state that has it may yet turn out to be the one that is recovered next.
     """
 
     records: dict[int, Record] = field(default_factory=dict)
+    superseded: list[Record] = field(default_factory=list)
     sent: int = 0
     included: int = 0
     returned: int = 0
@@ -70,6 +78,9 @@ class Ledger:
     @property
     def outstanding(self) -> int:
         return self.sent - self.included - self.returned
+
+    def all(self) -> list[Record]:
+        return [*self.superseded, *self.records.values()]
 
     def add(self, record: Record) -> None:
         self.records[record.plan.round] = record
@@ -80,12 +91,37 @@ class Ledger:
         record = self.records.get(round_)
         return record if record is not None and not record.decided else None
 
-    def decide(self, record: Record, mask: int) -> tuple[int, int]:
+    def opened(self, plan: RoundPlan) -> bool:
+        """A round is open by this plan: `in_flight` is from now on what was taken by it, if anything was.
+
+        Returns:
+            Whether a contribution that was taken by another plan is hereby given back.
+        """
+        given_back = False
+        for record in self.all():
+            if record.plan.round == plan.round and record.plan != plan and not record.decided:
+                self.decide(record, 0)
+                given_back = True
+        current = self.records.get(plan.round)
+        if current is None or current.plan != plan:
+            if current is not None:
+                self.superseded.append(self.records.pop(plan.round))
+            for record in [r for r in self.superseded if r.plan == plan]:
+                self.superseded.remove(record)
+                self.records[plan.round] = record
+        return given_back
+
+    def decide(self, record: Record, mask: int, epoch: int | None = None) -> tuple[int, int]:
         """The followed state has closed the record's round and includes these of its parts.
+
+        Args:
+            epoch: the server epoch that closed it; None when the round is planned anew.
 
         Returns:
             Bitmaps of the parts to subtract now and of the parts to add back now.
         """
+        if epoch is not None:
+            record.outcomes[epoch] = mask
         was = record.subtracted
         if not record.decided:
             record.decided = True
@@ -109,36 +145,39 @@ class Ledger:
         record.subtracted = 0
         return was
 
-    def resolve(self, own: Included, round_: int) -> list[tuple[Record, int, int]]:
+    def resolve(self, own: Included, round_: int, lineage: Lineage) -> list[tuple[Record, int, int]]:
         """Make every record agree with a state that was caught up with.
 
         Args:
             own: this worker's entry in the state's inclusion table.
             round_: the state's round.
+            lineage: the state's.
 
         Returns:
             (record, parts to subtract, parts to add back) for each record where there is something to do.
         """
         todo = []
-        for record in self.records.values():
+        for record in self.all():
             number = record.plan.round
+            epoch = lineage.epoch_of(number)
             if number > round_:
                 subtract, add_back = 0, self.undecide(record)
             elif own.round == number:
-                subtract, add_back = self.decide(record, own.parts)
-            elif own.round > number and record.decided:
-                continue  # settled before a later contribution of ours was taken
+                subtract, add_back = self.decide(record, own.parts if epoch in record.epochs else 0, epoch)
+            elif own.round > number:
+                # A later one of ours is in, and was taken when this worker knew what that state had of this one.
+                subtract, add_back = self.decide(record, record.outcomes.get(epoch, 0), epoch)
             else:
-                subtract, add_back = self.decide(record, 0)
+                subtract, add_back = self.decide(record, 0, epoch)
             if subtract or add_back:
                 todo.append((record, subtract, add_back))
         return todo
 
     def forget_before(self, round_: int) -> None:
         """Rounds before this one can no longer be abandoned."""
-        for number in [n for n in self.records if n < round_]:
-            if self.records[number].decided:
-                del self.records[number]
+        for number in [n for n, r in self.records.items() if n < round_ and r.decided]:
+            del self.records[number]
+        self.superseded = [r for r in self.superseded if r.plan.round >= round_ or not r.decided]
 
     def _count(self, mask: int, by: int) -> None:
         if mask:

@@ -39,7 +39,7 @@ def export_worker(engine: WorkerEngine) -> tuple[dict[str, Any], dict[str, NDArr
     ledger = engine.ledger
     arrays: dict[str, NDArray[Any]] = {"anchor": anchor.vector, "anchor_statistics": anchor.statistics}
     records = []
-    for number, record in ledger.records.items():
+    for number, record in enumerate(ledger.all()):
         arrays[f"sent_{number}"] = record.sent.copy()
         payload = b"".join(m.values for m in record.messages)
         arrays[f"payload_{number}"] = np.frombuffer(payload, np.uint8).copy()
@@ -63,6 +63,8 @@ def _record_values(record: Record) -> dict[str, Any]:
         "plan": [p.round, int(p.kind), p.selection.value, p.count, p.value_type.value],
         "subtracted": format(record.subtracted, "x"),
         "decided": record.decided,
+        "epochs": sorted(record.epochs),
+        "outcomes": [[epoch, format(mask, "x")] for epoch, mask in record.outcomes.items()],
         "messages": [
             [m.epoch, m.part, m.offset, len(m.values), m.checksum, m.local_steps, m.overlap_steps]
             for m in record.messages
@@ -94,24 +96,27 @@ def import_worker(engine: WorkerEngine, values: dict[str, Any], arrays: dict[str
         engine.bytes_up, engine.bytes_down = values["bytes"]
         ledger = engine.ledger
         ledger.records.clear()
-        for entry in values["records"]:
-            record = _record(engine, entry, arrays)
+        ledger.superseded.clear()
+        for number, entry in enumerate(values["records"]):
+            record = _record(engine, number, entry, arrays)
+            if record.plan.round in ledger.records:  # superseded ones come first
+                ledger.superseded.append(ledger.records[record.plan.round])
             ledger.records[record.plan.round] = record
         ledger.sent, ledger.included, ledger.returned = values["counts"]
     except (KeyError, TypeError, ValueError) as error:
         raise MalformedError(f"a worker's state that does not make sense: {error!r}") from None
 
 
-def _record(engine: WorkerEngine, entry: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> Record:
+def _record(engine: WorkerEngine, number: int, entry: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> Record:
     assert engine.config is not None
-    number, kind, selection, count, value_type = entry["plan"]
-    plan = RoundPlan(number, RoundKind(kind), SelectionKind(selection), count, ValueType(value_type))
+    round_, kind, selection, count, value_type = entry["plan"]
+    plan = RoundPlan(round_, RoundKind(kind), SelectionKind(selection), count, ValueType(value_type))
     indices = plan.indices(engine.config.seed, engine.anchor.vector.size)
     payload = arrays[f"payload_{number}"].tobytes()
     messages, start = [], 0
     for epoch, part, offset, size, checksum, local, overlap in entry["messages"]:
         piece = payload[start : start + size]
-        messages.append(Contribution(epoch, number, part, offset, piece, checksum, local, overlap))
+        messages.append(Contribution(epoch, round_, part, offset, piece, checksum, local, overlap))
         start += size
     return Record(
         plan,
@@ -121,4 +126,6 @@ def _record(engine: WorkerEngine, entry: dict[str, Any], arrays: dict[str, NDArr
         tuple(messages),
         int(entry["subtracted"], 16),
         entry["decided"],
+        set(entry["epochs"]),
+        {epoch: int(mask, 16) for epoch, mask in entry["outcomes"]},
     )

@@ -49,6 +49,7 @@ def _server(args: Namespace) -> int:
             o.whole("--streams-per-host", args.streams_per_host, 1),
             o.whole("--joins-per-second", args.joins_per_second, 1),
         ),
+        events=args.events,
     )
     if args.resume and args.checkpoints is None:
         raise ConfigError("--resume needs --checkpoints: the folder to go on from")
@@ -64,10 +65,10 @@ def _server(args: Namespace) -> int:
 
 
 def _worker(args: Namespace) -> int:
+    _require_torch()
     from loscar_server.app import run_id_bytes
     from loscar_worker.app import WorkerOptions, run_worker
 
-    _require_torch()
     if args.download:
         _download(args)
     return run_worker(
@@ -98,6 +99,7 @@ def _worker(args: Namespace) -> int:
             tls_key=args.tls_key,
             result=args.result,
             rounds_log=args.rounds_log,
+            save_model=args.save_model,
             evaluation=args.evaluation,
             state=args.state,
             state_every_s=o.seconds("--state-every", args.state_every),
@@ -239,6 +241,28 @@ def _doctor(args: Namespace) -> int:
     return next((f.exit_code for f in findings if f.exit_code), 0)
 
 
+def _chaos(args: Namespace) -> int:
+    import uvloop
+
+    _require_torch()
+    from loscar_deploy.chaos import ChaosOptions, execute, print_verdict
+
+    options = ChaosOptions(
+        seconds=o.number("--seconds", args.seconds),
+        workers=o.whole("--workers", args.workers, 2),
+        seed=o.whole("--seed", args.seed),
+        faults_per_s=o.number("--faults", args.faults),
+        undisturbed=not args.alone,
+        out=args.out,
+    )
+    verdict = uvloop.run(execute(options))
+    if args.json:
+        _print_json(verdict)
+    else:
+        print_verdict(verdict)
+    return 0 if verdict["passed"] else 1
+
+
 # --- the parser ---------------------------------------------------------------------------------------------
 
 
@@ -279,6 +303,7 @@ def build_parser() -> ArgumentParser:
     server.add_argument("--workers", metavar="N", help="round 1 waits for so many workers")
     server.add_argument("--linger", metavar="TIME", default="5m", help="serve the final model so long after the end")
     server.add_argument("--json", action="store_true", help="say where it listens as JSON")
+    server.add_argument("--events", metavar="FILE", type=Path, help="append a JSON line for every event and round")
     o.add_run(server)
     o.add_limits(server)
     o.add_protection(server)
@@ -305,6 +330,7 @@ def build_parser() -> ArgumentParser:
     worker.add_argument("--state-every", metavar="TIME", default="1m", help="how often")
     worker.add_argument("--rejoin", metavar="HOW", default="project", help="after a long absence: project, keep, drop")
     worker.add_argument("--evaluation", type=Path, help=argparse.SUPPRESS)
+    worker.add_argument("--save-model", metavar="FILE", type=Path, help="write the model as this worker leaves with it")
     worker.add_argument("--rounds-log", metavar="FILE", type=Path, help="write a JSON line here for every round")
     o.add_task(worker)
     o.add_client(worker)
@@ -338,6 +364,15 @@ def build_parser() -> ArgumentParser:
     doctor.add_argument("--out", metavar="DIR", type=Path, help="can this folder be written?")
     doctor.add_argument("--json", action="store_true")
     o.add_client(doctor)
+
+    chaos = command("chaos", _chaos, "kills, stops and cuts off the processes of a run, and balances its books")
+    chaos.add_argument("--seconds", metavar="S", default="60", help="how long faults are injected")
+    chaos.add_argument("--workers", metavar="N", default="8", help="how many workers")
+    chaos.add_argument("--seed", metavar="N", default="0", help="seeds the faults, the run and the models")
+    chaos.add_argument("--faults", metavar="F", default="0.8", help="faults a second")
+    chaos.add_argument("--alone", action="store_true", help="leave out the undisturbed run to compare with")
+    chaos.add_argument("--out", metavar="DIR", type=Path, help="keep logs and books here")
+    chaos.add_argument("--json", action="store_true")
 
     link = command("link", _link, "the link emulator on its own")
     link.add_argument("spec", metavar="SPEC", nargs="?", default="wan", help="a preset or rtt=…,jitter=…,rate=…")

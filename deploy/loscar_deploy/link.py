@@ -481,6 +481,7 @@ class LinkProxy:
         self._open: set[_Connection] = set()
         self._accepted = 0
         self._resets: list[asyncio.TimerHandle] = []
+        self._cuts: list[tuple[Window, bool, bool]] = []
         self._closing = False
         self._idle = asyncio.Event()
         self._idle.set()
@@ -555,13 +556,30 @@ class LinkProxy:
             raise RuntimeError("the link has not been started")
         now_s = time.monotonic()
         start_s = self._clock_start_s = now_s if clock_start_s is None else clock_start_s
-        windows = [(start_s + begin_s, start_s + begin_s + length_s) for begin_s, length_s in self.spec.outages]
-        self._up.model.set_outages(windows)
-        self._down.model.set_outages(windows)
+        self._set_outages()
         self._cancel_resets()
         for at_s in self.spec.resets:
             if (wait_s := start_s + at_s - now_s) >= 0:
                 self._resets.append(self._loop.call_later(wait_s, self.reset_connections))
+
+    def cut(self, duration_s: float, *, up: bool = True, down: bool = True) -> None:
+        """An outage from now on, in one direction or in both; the spec's own outages go on as planned.
+
+        What is already under way arrives. Raises RuntimeError before `start()`.
+        """
+        if self._clock_start_s is None:
+            raise RuntimeError("the link has not been started")
+        now_s = time.monotonic()
+        self._cuts = [c for c in self._cuts if c[0][1] > now_s]
+        self._cuts.append(((now_s, now_s + duration_s), up, down))
+        self._set_outages()
+
+    def _set_outages(self) -> None:
+        start_s = self._clock_start_s
+        assert start_s is not None
+        windows = [(start_s + begin_s, start_s + begin_s + length_s) for begin_s, length_s in self.spec.outages]
+        self._up.model.set_outages(windows + [window for window, up, _ in self._cuts if up])
+        self._down.model.set_outages(windows + [window for window, _, down in self._cuts if down])
 
     def reset_connections(self) -> None:
         """Resets all open connections now; both ends see a reset. New connections are welcome."""

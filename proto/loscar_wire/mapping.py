@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 from google.protobuf.message import DecodeError
 
 from loscar_core import messages as m
-from loscar_core.config import FinalRound, RunConfig
-from loscar_core.errors import LoscarError, MalformedError
+from loscar_core.config import PROTOCOL_VERSION, FinalRound, RunConfig
+from loscar_core.errors import LoscarError, MalformedError, ProtocolError, VersionMismatchError
 from loscar_core.indices import IndexCoding
 from loscar_core.layout import Layout, Segment
 from loscar_core.merge import MergeKind
@@ -330,7 +330,7 @@ def _to_worker_pb(message: m.WorkerMessage) -> pb.WorkerMessage:
 
 
 def decode_worker_message(data: bytes) -> m.WorkerMessage:
-    """A worker's message from its bytes. Raises MalformedError, or what a wrong layout or configuration raises."""
+    """A worker's message from its bytes. Raises MalformedError, or VersionMismatchError for another version's hello."""
     return _decode(pb.WorkerMessage, data, _FROM_WORKER)
 
 
@@ -351,6 +351,9 @@ def _contribution(c: pb.Contribution) -> m.Contribution:
 
 
 def _hello(h: pb.Hello) -> m.Hello:
+    if h.protocol_version != PROTOCOL_VERSION:
+        # Before anything else is read: the rest may not mean here what it means there.
+        raise VersionMismatchError(f"the worker speaks protocol {h.protocol_version}, this server {PROTOCOL_VERSION}")
     return m.Hello(
         protocol_version=h.protocol_version,
         run_id=h.run_id,
@@ -539,7 +542,7 @@ def _decode(kind: Any, data: bytes, table: dict[str, Callable[[Any], M]]) -> M:
         return table[body](getattr(message, body))
     except DecodeError as error:
         raise MalformedError(f"not a protocol message: {error}") from None
-    except LoscarError:
+    except ProtocolError:
         raise
-    except (ValueError, OverflowError) as error:
+    except (LoscarError, ValueError, OverflowError) as error:
         raise MalformedError(f"a malformed message: {error}") from None

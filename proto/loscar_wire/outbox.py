@@ -24,18 +24,30 @@ class Outbox:
 
     def __init__(self) -> None:
         self._urgent: deque[bytes] = deque()
-        self._data: deque[bytes] = deque()
+        self._data: deque[tuple[int | None, bytes]] = deque()
         self._wake = asyncio.Event()
         self.queued_bytes = 0
         self.closing = False
         self.error: LoscarError | None = None
 
-    def put(self, payload: bytes, *, urgent: bool = False) -> None:
+    def put(self, payload: bytes, *, urgent: bool = False, round_: int | None = None) -> None:
+        """Queue a message; `round_` says what it is worth nothing without, see `discard`."""
         if self.closing:
             return
-        (self._urgent if urgent else self._data).append(payload)
+        if urgent:
+            self._urgent.append(payload)
+        else:
+            self._data.append((round_, payload))
         self.queued_bytes += len(payload)
         self._wake.set()
+
+    def discard(self, round_: int) -> None:
+        """Drop what still waits for a round that is over: on a slow link it would hold up the next one."""
+        kept = deque(item for item in self._data if item[0] is None or item[0] > round_)
+        dropped = len(self._data) - len(kept)
+        if dropped:
+            self.queued_bytes -= sum(len(p) for r, p in self._data if r is not None and r <= round_)
+            self._data = kept
 
     def close(self, error: LoscarError | None) -> None:
         """Nothing more will be queued. An error ends the stream at once, otherwise what is queued goes first."""
@@ -59,9 +71,8 @@ class Outbox:
             drained: called whenever the outbox has become empty.
         """
         while True:
-            queue = self._urgent or self._data
-            if queue:
-                payload = queue.popleft()
+            if self._urgent or self._data:
+                payload = self._urgent.popleft() if self._urgent else self._data.popleft()[1]
                 await write(payload)
                 self.queued_bytes -= len(payload)
                 written(len(payload))

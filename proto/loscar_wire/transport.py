@@ -123,8 +123,10 @@ def check_exposure(host: str, security: ServerSecurity) -> None:
     """Refuse to serve beyond this machine without TLS and a token, unless that is wanted.
 
     Raises:
-        ConfigError: saying what is missing.
+        ConfigError: saying what is missing, or that no client could give this token.
     """
+    if security.token is not None:
+        _check_token_text(security.token)
     if is_loopback(host) or security.insecure:
         return
     missing = [
@@ -170,8 +172,17 @@ def _read(path: Path, option: str) -> bytes:
 
 
 def call_metadata(security: ClientSecurity) -> list[tuple[str, str]]:
-    """What a client sends with every call."""
-    return [("authorization", f"Bearer {security.token}")] if security.token is not None else []
+    """What a client sends with every call. Raises ConfigError for a token that cannot travel."""
+    if not security.token:
+        return []
+    _check_token_text(security.token)
+    return [("authorization", f"Bearer {security.token}")]
+
+
+def _check_token_text(token: str) -> None:
+    # What HTTP/2 carries unchanged; the token itself belongs into no message.
+    if not (token.isascii() and token.isprintable() and token == token.strip()):
+        raise ConfigError("the token must be printable ASCII without spaces at its ends")
 
 
 def check_token(metadata: Sequence[Any] | None, token: str | None) -> None:

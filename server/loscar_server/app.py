@@ -24,6 +24,7 @@ from loscar_core.saved_state import SavedState
 from loscar_core.server_machine import Phase, ServerMachine
 from loscar_core.state import Position
 from loscar_server.checkpoint import Checkpoints
+from loscar_server.events import EventLog
 from loscar_server.service import ParameterService, StreamLimits
 from loscar_wire._generated import parameter_server_pb2 as pb
 from loscar_wire.transport import (
@@ -55,6 +56,7 @@ class ServerOptions:
         keep: how many of the newest are kept.
         resume: go on from the newest checkpoint, when there is one.
         guard: limits on streams and joins.
+        events: file that gets a JSON line for every event, see `loscar_server.events`; or None.
     """
 
     listen: str = "127.0.0.1:50051"
@@ -68,6 +70,7 @@ class ServerOptions:
     keep: int = 3
     resume: bool = False
     guard: StreamLimits = field(default_factory=StreamLimits)
+    events: Path | None = None
 
 
 def run_id_bytes(text: str | None) -> bytes:
@@ -113,6 +116,7 @@ class ServerProcess:
     def __init__(self, options: ServerOptions, observe: Callable[[fx.ServerEffect], None] | None = None) -> None:
         self._options = options
         self._observe = observe
+        self._events = None if options.events is None else EventLog(options.events)
         self.address = ""
         self._checkpoints = None if options.checkpoints is None else Checkpoints(options.checkpoints, options.keep)
         run_id = run_id_bytes(options.run_id)
@@ -142,6 +146,8 @@ class ServerProcess:
         line = describe(effect)
         if line is not None:
             log.log(*line)
+        if self._events is not None:
+            self._events.note(effect, self.service.machine.epoch)
         if self._observe is not None:
             self._observe(effect)
 
@@ -171,6 +177,8 @@ class ServerProcess:
         for name in ("", SERVICE):
             await checks.set(name, health_pb2.HealthCheckResponse.SERVING)
         self._server = server
+        if self._events is not None:
+            self._events.write("serving", self.service.machine.epoch, pid=os.getpid(), run=self.run_id.hex())
         self._ticking = asyncio.create_task(self.service.tick(), name="tick")
         self._ticking.add_done_callback(self._tick_ended)
         if self._checkpoints is not None:
@@ -236,6 +244,8 @@ class ServerProcess:
             await self.service.shut_down()
             await self._server.stop(grace=0.5)
             self._server = None
+        if self._events is not None:
+            self._events.close()
 
 
 async def serve(options: ServerOptions, ready: Callable[[ServerProcess], None]) -> None:

@@ -417,6 +417,33 @@ def test_an_outage_holds_and_then_releases(loop: Loop) -> None:
     run(main(), loop)
 
 
+@pytest.mark.parametrize("way", ["up", "down"])
+def test_a_cut_holds_one_direction_and_leaves_the_other(way: str, loop: Loop) -> None:
+    async def main() -> None:
+        async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            while data := await reader.read(100):
+                writer.write(data)
+
+        async with serving(echo) as port, LinkProxy("127.0.0.1", port, LinkSpec()) as link:
+            with pytest.raises(RuntimeError, match="not been started"):
+                LinkProxy("127.0.0.1", port, LinkSpec()).cut(1.0)
+            reader, writer = await asyncio.open_connection(*link.address)
+            writer.write(b"a")
+            assert await reader.readexactly(1) == b"a"
+            passed = (link.bytes_up, link.bytes_down)
+            cut_at = time.monotonic()
+            link.cut(0.2, up=way == "up", down=way == "down")
+            writer.write(b"b")
+            if way == "down":
+                await until(lambda: link.bytes_up == passed[0] + 1)
+                assert time.monotonic() - cut_at < 0.19
+            assert await reader.readexactly(1) == b"b"
+            assert 0.19 <= time.monotonic() - cut_at < 0.6
+            await end(writer)
+
+    run(main(), loop)
+
+
 def test_a_reset_ends_all_connections_and_admits_new_ones(loop: Loop) -> None:
     ends: list[str] = []
 

@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+from safetensors.numpy import save_file
 
-from loscar_core.errors import ConfigError
+from loscar_core.errors import ConfigError, InterruptedRunError
+from loscar_worker.boundary import TrainingHalf
 from loscar_worker.evaluation import EvaluationWriter, LiveVector
 from loscar_worker.session import RoundRecord, Session, join
 from loscar_worker.tasks import Task, load_task
@@ -48,6 +50,7 @@ class WorkerOptions:
         threads: torch's compute threads, or None for torch's choice.
         result: JSON file for the figures at the end.
         rounds_log: JSON-lines file for every merged round.
+        save_model: safetensors file for the model as this worker leaves with it.
         evaluation: file for the live vector in evaluation rounds, see `loscar_worker.evaluation`.
         state: file that this worker's whole state (session, optimizer, data position) is saved to, and resumed
             from when it is there.
@@ -81,6 +84,7 @@ class WorkerOptions:
     tls_key: Path | None = None
     result: Path | None = None
     rounds_log: Path | None = None
+    save_model: Path | None = None
     evaluation: Path | None = None
     state: Path | None = None
     state_every_s: float = 60.0
@@ -100,19 +104,43 @@ def choose_device(text: str) -> torch.device:
 
 
 class Stopper:
-    """First SIGINT or SIGTERM: leave after the current step. Second: end at once."""
+    """First SIGINT or SIGTERM: leave after the current step, or before the first one at once. Second: end at once."""
 
     def __init__(self) -> None:
         self.asked = False
+        self._session: Session | None = None
+        self._joining = False
 
     def install(self) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._on_signal)
 
+    def join(self, join: Callable[[], Session]) -> Session:
+        """Call `join`, unless or until asked to stop.
+
+        Raises:
+            InterruptedRunError: asked before the run had started.
+        """
+        if not self.asked:
+            self._joining = True
+            try:
+                self._session = join()
+            except KeyboardInterrupt:
+                pass
+            finally:
+                self._joining = False
+        if self._session is None:
+            raise InterruptedRunError("interrupted before the run started")
+        return self._session
+
     def _on_signal(self, number: int, _: object) -> None:
         if self.asked:
             os._exit(128 + number)
         self.asked = True
+        if self._session is not None:
+            self._session.interrupt()
+        elif self._joining:
+            raise KeyboardInterrupt
 
 
 class StepTimer:
@@ -161,7 +189,7 @@ def run_worker(options: WorkerOptions) -> int:
     rounds = open(options.rounds_log, "w", encoding="utf-8") if options.rounds_log else None  # noqa: SIM115
     try:
         saved = _load_state(options.state)
-        session = _join(options, model, rounds, saved)
+        session = stopper.join(lambda: _join(options, model, rounds, saved))
         with session:
             batches = _batches(options, task, session, saved)
             if saved is not None:
@@ -169,6 +197,8 @@ def run_worker(options: WorkerOptions) -> int:
                 batches.load_state_dict(saved["batches"])
             saver = StateSaver(options.state, options.state_every_s, session, optimizer, batches)
             _train(session, task, model, optimizer, batches, timer, stopper, saver)
+        if options.save_model is not None:
+            save_live_model(options.save_model, session)
         if options.result is not None:
             write_json(options.result, figures(session, timer))
     finally:
@@ -238,12 +268,12 @@ def _join(
             file.write(json.dumps(asdict(record)) + "\n")
 
         on_round = write_round
-    on_evaluation: Callable[[Session, int], None] | None = None
+    on_evaluation: Callable[[TrainingHalf, int], None] | None = None
     if options.evaluation is not None:
         path = options.evaluation
         writer: EvaluationWriter | None = None
 
-        def write_vector(session: Session, round_: int) -> None:
+        def write_vector(session: TrainingHalf, round_: int) -> None:
             nonlocal writer
             values = session.live_values()
             writer = writer or EvaluationWriter(path, values.size)
@@ -325,6 +355,18 @@ def figures(session: Session, timer: StepTimer) -> dict[str, Any]:
         "contributions": session.contributions,
         "reconnects": session.reconnects,
     }
+
+
+def save_live_model(path: Path, session: Session) -> None:
+    """Write the live parameters and statistics under their module names, float32; whole or not at all."""
+    values, start = session.live_values(), 0
+    tensors = {}
+    for segment in (*session.engine.layout.parameters, *session.engine.layout.statistics):
+        tensors[segment.name] = values[start : start + segment.size].reshape(segment.shape)
+        start += segment.size
+    part = path.with_suffix(path.suffix + ".part")
+    save_file(tensors, part, {"format": "loscar", "run": session.run_id, "worker": session.name})
+    part.replace(path)
 
 
 def write_json(path: Path, value: object) -> None:

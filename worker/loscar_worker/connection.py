@@ -16,9 +16,16 @@ from typing import Any
 
 import grpc
 
-from loscar_core.errors import ConnectError, LoscarError, ServerLostError, SupersededError, WrongRoundError
-from loscar_core.messages import Goodbye, Heartbeat, Leave, Reason, StopRun, WorkerMessage, WorkerReport
-from loscar_core.worker_engine import Dismissed, Emit, RoundTrip, WorkerEffect, WorkerEngine
+from loscar_core.errors import (
+    ConnectError,
+    LoscarError,
+    RefusedError,
+    ServerLostError,
+    SupersededError,
+    WrongRoundError,
+)
+from loscar_core.messages import Contribution, Goodbye, Heartbeat, Leave, Reason, StopRun, WorkerMessage, WorkerReport
+from loscar_core.worker_engine import Dismissed, Emit, RoundTrip, Update, WorkerEffect, WorkerEngine
 from loscar_wire.mapping import decode_server_message, encode_worker_message
 from loscar_wire.outbox import Outbox
 from loscar_wire.status import from_status
@@ -91,6 +98,10 @@ class Connection:
                     self._send(message)
                 case RoundTrip(stamp_ns):
                     self.round_trip_s = (time.monotonic_ns() - stamp_ns) / 1e9
+                case Update(round=round_) if round_ > 0:
+                    if self._outbox is not None:
+                        self._outbox.discard(round_)
+                    self._on_effect(effect)
                 case _:
                     self._on_effect(effect)
 
@@ -111,7 +122,9 @@ class Connection:
 
     def _send(self, message: WorkerMessage) -> None:
         if self._outbox is not None:
-            self._outbox.put(encode_worker_message(message), urgent=isinstance(message, Heartbeat))
+            round_ = message.round if isinstance(message, Contribution) else None
+            payload = encode_worker_message(message)
+            self._outbox.put(payload, urgent=isinstance(message, Heartbeat), round_=round_)
 
     # --- the loop -------------------------------------------------------------------------------------------
 
@@ -120,6 +133,7 @@ class Connection:
 
         Raises:
             ConnectError: no server answered within `connect_timeout_s`.
+            RefusedError: the last one that did was full all the time, or the slot is taken.
             ServerLostError: none came back within `server_timeout_s`.
             LoscarError: the server refused this worker for good.
         """
@@ -131,31 +145,40 @@ class Connection:
             attempt += 1
             joined_before = self._joined
             self._joined = False
+            cause: LoscarError = ConnectError("the server ended the stream")
             try:
-                await self._one_stream(target)
-                cause = ""
+                await self._one_stream(target, self._patience_s(since, joined_before))
             except LoscarError as error:
                 if not _may_retry(error):
                     raise
-                cause = str(error)
+                cause = error
             if self._leaving.is_set():
                 return
             if self._joined:
                 since, backoff = time.monotonic(), FIRST_BACKOFF_S
             self._joined = self._joined or joined_before
             self._check_patience(since, target, cause)
-            await self._pause(backoff * random.uniform(0.5, 1.5))
+            pause = backoff * random.uniform(0.5, 1.5)
+            await self._pause(min(pause, self._patience_s(since, self._joined)))
             backoff = min(MAX_BACKOFF_S, backoff * 2)
 
-    def _check_patience(self, since: float, target: str, cause: str) -> None:
+    def _patience_s(self, since: float, joined: bool) -> float:
+        """How much longer a server is looked for."""
+        limit = self._options.server_timeout_s if joined else self._options.connect_timeout_s
+        return max(0.05, since + limit - time.monotonic())
+
+    def _check_patience(self, since: float, target: str, cause: LoscarError) -> None:
         waited = time.monotonic() - since
         where = ", ".join(self._options.servers)
         if not self._joined:
-            if waited >= self._options.connect_timeout_s:
-                raise ConnectError(f"no server at {where} within {self._options.connect_timeout_s:g} s: {cause}")
+            limit = self._options.connect_timeout_s
+            refused = isinstance(cause, RefusedError)
+            if waited >= limit:
+                raise cause if refused else ConnectError(f"no server at {where} within {limit:g} s: {cause}")
             if not self._said_waiting:
                 self._said_waiting = True
-                log.warning("no server at %s yet (%s): trying for %g s", where, cause, self._options.connect_timeout_s)
+                what = "not taken by the server at" if refused else "no server at"
+                log.warning("%s %s yet (%s): trying for %g s", what, where, cause, limit)
         elif waited >= self._options.server_timeout_s:
             raise ServerLostError(f"no server at {where} for {self._options.server_timeout_s:g} s: {cause}")
         elif not self._said_lost:
@@ -167,29 +190,34 @@ class Connection:
         await asyncio.wait({waiting}, timeout=seconds)
         waiting.cancel()
 
-    async def _one_stream(self, target: str) -> None:
-        """One channel and one stream, from hello to its end. Raises what ended it, unless it was polite."""
+    async def _one_stream(self, target: str, patience_s: float) -> None:
+        """One channel and one stream, from hello to its end. Raises what ended it, unless it was polite.
+
+        Args:
+            patience_s: how long to wait for the server's first word.
+        """
         opened = channel(target, self._options.security)
         call = opened.stream_stream(TRAIN)(metadata=call_metadata(self._options.security))
         outbox = self._outbox = Outbox()
         self._send(self.engine.hello())
         tasks = [
-            asyncio.create_task(self._read(call), name="read"),
+            asyncio.create_task(self._read(call, min(patience_s, DEFAULT_LEASE_S)), name="read"),
             asyncio.create_task(self._write(call, outbox), name="write"),
             asyncio.create_task(self._beat(), name="heartbeat"),
         ]
+        leaving = asyncio.create_task(self._leaving.wait(), name="leaving")
         try:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            if outbox.closing:
+            await asyncio.wait([*tasks, leaving], return_when=asyncio.FIRST_COMPLETED)
+            if outbox.closing and self._joined:
                 # The server ends the stream once it has read our goodbye; cancelling sooner could lose it.
                 await asyncio.wait(set(tasks[:2]), timeout=LEAVE_FLUSH_S)
             await self._raise_cause(call, tasks)
         finally:
             self._outbox = None
             self.engine.disconnected()
-            for task in tasks:
+            for task in (*tasks, leaving):
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.gather(*tasks, leaving, return_exceptions=True)
             call.cancel()
             await opened.close()
 
@@ -204,8 +232,7 @@ class Connection:
             if task.done():
                 task.result()
 
-    async def _read(self, call: Any) -> None:
-        silence_s = DEFAULT_LEASE_S
+    async def _read(self, call: Any, silence_s: float) -> None:
         welcomed = False
         while True:
             read = asyncio.ensure_future(call.read())

@@ -59,8 +59,8 @@ class ModelView:
         self._statistics = _statistics_of(module, set(statistics))
         self.layout = Layout(
             tuple(_segment(n, p) for n, p in named),
-            tuple(_segment(n, b) for n, b in self._statistics),
-            _frozen_checksum(module, {n for n, _ in self._statistics}),
+            tuple(_segment(b.name, b.tensor) for b in self._statistics),
+            _frozen_checksum(module, {b.name for b in self._statistics}),
         )
         self._copy_streams: dict[torch.device, torch.cuda.Stream] = {}
         self._flatten()
@@ -187,13 +187,14 @@ class ModelView:
         if not self._statistics:
             return np.empty(0, np.float32)
         with torch.no_grad():
-            flat = torch.cat([b.detach().reshape(-1).float().cpu() for _, b in self._statistics])
+            flat = torch.cat([b.tensor.detach().reshape(-1).float().cpu() for b in self._statistics])
         return flat.numpy()
 
     def load_statistics(self, values: Floats) -> None:
         start = 0
         with torch.no_grad():
-            for _, buffer in self._statistics:
+            for statistic in self._statistics:
+                buffer = statistic.tensor
                 piece = torch.from_numpy(values[start : start + buffer.numel()])
                 buffer.copy_(piece.reshape(buffer.shape))
                 start += buffer.numel()
@@ -243,7 +244,20 @@ def _segment(name: str, tensor: Tensor) -> Segment:
     return Segment(name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
 
 
-def _statistics_of(module: nn.Module, extra: set[str]) -> list[tuple[str, Tensor]]:
+@dataclass(frozen=True, slots=True)
+class _Buffer:
+    """A buffer by its place, since modules may assign a new tensor to it at any time."""
+
+    name: str
+    owner: nn.Module
+
+    @property
+    def tensor(self) -> Tensor:
+        found: Tensor = getattr(self.owner, self.name.rpartition(".")[2])
+        return found
+
+
+def _statistics_of(module: nn.Module, extra: set[str]) -> list[_Buffer]:
     """Running means and variances of normalisation layers, and the buffers that were asked for, in order."""
     wanted = set(extra)
     for prefix, layer in module.named_modules():
@@ -256,7 +270,7 @@ def _statistics_of(module: nn.Module, extra: set[str]) -> list[tuple[str, Tensor
     for name, buffer in found:
         if buffer.dtype not in FLOATING:
             raise ConfigError(f"buffer {name} has dtype {buffer.dtype}, which cannot be averaged")
-    return found
+    return [_Buffer(name, module.get_submodule(name.rpartition(".")[0])) for name, _ in found]
 
 
 def _frozen_checksum(module: nn.Module, statistics: set[str]) -> int:

@@ -16,25 +16,22 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from loscar_core.errors import ConfigError, ServerLostError, SessionFailedError
-from loscar_core.merge import MergeKind, RejoinKind, merge, parse_rejoin, projection
+from loscar_core.merge import RejoinKind, parse_rejoin
 from loscar_core.messages import Reason, WorkerReport
-from loscar_core.plan import RoundKind, RoundPlan
-from loscar_core.replica import Floats
-from loscar_core.worker_cycle import Action, Cycle, Situation
-from loscar_core.worker_engine import RunEnded, WorkerEngine
+from loscar_core.worker_cycle import Action
+from loscar_core.worker_engine import WorkerEngine
 from loscar_core.worker_state import import_worker
 from loscar_wire.transport import ClientSecurity, parse_address
-from loscar_worker.background import Background, OpenRound, ReadyUpdate, wait_changed
+from loscar_worker.background import Background, wait_changed
+from loscar_worker.boundary import Pace, RoundRecord, TrainingHalf, cycle_of
 from loscar_worker.connection import ConnectionOptions
 from loscar_worker.model import ModelView
 
@@ -44,56 +41,13 @@ WAIT_SLICE_S = 1.0
 LOSSES_KEPT = 64
 
 
-@dataclass(frozen=True, slots=True)
-class RoundRecord:
-    """One merged round as its worker lived it; times in seconds of run time.
-
-    Attributes:
-        round: its number.
-        kind: what it was for.
-        steps: optimizer steps taken when it was merged, from the start.
-        local_steps: steps from the previous merge to the snapshot (0 when there was none).
-        overlap_steps: steps from the snapshot to the merge.
-        snapshot_s: when the snapshot was taken, None without one.
-        merged_s: when the merge was done.
-        waited_s: how long the training thread waited for the service in this round.
-        included: the contribution is in the average.
-    """
-
-    round: int
-    kind: str
-    steps: int
-    local_steps: int
-    overlap_steps: int
-    snapshot_s: float | None
-    merged_s: float
-    waited_s: float
-    included: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Pace:
-    """Overrides of the pace that the server offers; None takes the server's.
-
-    Attributes:
-        local_steps: N, or "auto" to contribute `sync_interval_s` after the last merge.
-        sync_interval_s: see `local_steps`.
-        overlap_steps: Q, or "auto" to merge when the answer is there; 0 blocks.
-    """
-
-    local_steps: int | str | None = None
-    sync_interval_s: float | None = None
-    overlap_steps: int | str | None = None
-
-
-class Session:
+class Session(TrainingHalf):
     """One worker's membership of a run; made by `join`, closed by `with` or `close`.
 
     Attributes:
-        steps: optimizer steps taken.
-        finished: the run is over; the model holds what it ended with.
         name: this worker's name.
         slot: its place in the run.
+        service_s: seconds that `step` took of the training thread, waits apart.
     """
 
     def __init__(
@@ -104,38 +58,27 @@ class Session:
         pace: Pace,
         *,
         on_round: Callable[[RoundRecord], None] | None = None,
-        on_evaluation: Callable[[Session, int], None] | None = None,
+        on_evaluation: Callable[[TrainingHalf, int], None] | None = None,
         rejoin: RejoinKind = RejoinKind.PROJECT,
     ) -> None:
-        self.steps = 0
-        self.finished = False
+        background = Background(engine, view, options, self._report)
+        super().__init__(
+            view,
+            background,
+            pace,
+            clock=time.monotonic,
+            on_round=on_round,
+            on_evaluation=on_evaluation,
+            rejoin=rejoin,
+        )
         self.name = engine.name
-        self.idle_s = 0.0
         self.service_s = 0.0
-        self.joined_at_start = True
         self._pid = os.getpid()
-        self._view = view
-        self._pace = pace
-        self._on_round = on_round
-        self._on_evaluation = on_evaluation
         self._losses: deque[Tensor | float] = deque(maxlen=LOSSES_KEPT)
         self._loss: float | None = None
-        self._t0: float | None = None
-        self._ended_s: float | None = None
-        self._waited_in_round = 0.0
-        self._snapshot_at: float | None = None
-        self._snapshot_steps = 0
-        self._in_final_round = False
         self._asked_to_stop = False
+        self._interrupted = False
         self._closed = False
-        self._rejoin = rejoin
-        self._merged = 0
-        self._options = options
-        self._background = Background(engine, view, options, self._report)
-        self._cycle = Cycle(1, 1.0, None, time.monotonic())
-        self._joined_s = 0.0
-        self._merge_kind = MergeKind.DELAY_CORRECTED
-        self._max_steps: int | None = None
 
     # --- joining --------------------------------------------------------------------------------------------
 
@@ -148,19 +91,9 @@ class Session:
         try:
             if not resumed:
                 self._wait_for(lambda: box.initial is not None)
-                assert box.initial is not None
-                self._view.load_vector(box.initial.vector)
-                self._view.load_statistics(box.initial.statistics)
+                self.take_over()
             self._wait_for(lambda: box.open is not None or box.ended is not None)
-            config = self.engine.config
-            assert config is not None
-            self._merge_kind = config.merge
-            self._max_steps = config.max_steps
-            self._cycle = _cycle(self._pace, config.local_steps, config.sync_interval_s, config.overlap_steps)
-            elapsed = max(0.0, self.engine.elapsed_s)
-            self._t0 = time.monotonic() - elapsed
-            self.joined_at_start = self.engine.anchor.position.round == 0
-            self._joined_s = elapsed
+            self.begin()
             # With N = 0 the first snapshot is due before the first step.
             self._synchronise()
         except BaseException as error:
@@ -179,10 +112,6 @@ class Session:
     # --- training -------------------------------------------------------------------------------------------
 
     @property
-    def engine(self) -> WorkerEngine:
-        return self._background.engine
-
-    @property
     def slot(self) -> int:
         return self.engine.slot
 
@@ -194,13 +123,6 @@ class Session:
     def should_stop(self) -> bool:
         """The run is over: leave the loop."""
         return self.finished
-
-    @property
-    def run_s(self) -> float:
-        """Seconds of run time; those before this worker joined count."""
-        if self._t0 is None:
-            return 0.0
-        return (time.monotonic() if self._ended_s is None else self._ended_s) - self._t0
 
     def step(self, loss: Tensor | float | None = None) -> None:
         """Call after every optimizer step: synchronises here, between two steps, when it is time to.
@@ -218,8 +140,7 @@ class Session:
             raise SessionFailedError("step() after the session was closed")
         entered = time.perf_counter()
         waited_before = self.idle_s
-        self.steps += 1
-        self._cycle.stepped()
+        self.note_step()
         if loss is not None:
             self._losses.append(loss.detach() if isinstance(loss, Tensor) else float(loss))
         if self._max_steps is not None and self.steps >= self._max_steps and not self._asked_to_stop:
@@ -229,166 +150,18 @@ class Session:
         self.service_s += time.perf_counter() - entered - (self.idle_s - waited_before)
 
     def _synchronise(self) -> None:
-        box = self._background.mailbox
-        while not self.finished:
-            if box.failure is not None:
-                self._background.raise_failure()
-            with box.changed:  # one look: a round must not seem open before what it builds on is merged
-                update = box.updates[0] if box.updates else None
-                opened, ended, version = box.open, box.ended, box.version
-            if ended is not None and update is None:
-                self._end(ended)
+        """Everything that is due at this boundary, waiting where the pace says so."""
+        while True:
+            action, version = self.advance()
+            if action is Action.TRAIN or self._interrupted:
                 return
-            if box.progress_wanted and update is None:
-                box.progress_wanted = False
-                self._background.progress(self._view.gather(self._view.select(None)), self._merged)
-            if box.rejected is not None:
-                rejected, box.rejected = box.rejected, None
-                self._cycle.rejected(rejected)
-            final = update is None and (
-                self._in_final_round
-                if opened is None or self._cycle.in_flight is not None
-                else opened.open.plan.kind is RoundKind.FINAL
-            )
-            if opened is not None and opened.open.contributed and self._cycle.in_flight is None:
-                self._cycle.took_snapshot(opened.open.plan.round)
-            situation = Situation(
-                update_round=None if update is None else update.update.round,
-                update_is_own=update is not None and update.update.round > 0 and update.update.settles is not None,
-                plan_round=opened.open.plan.round
-                if opened is not None and update is None and not opened.open.contributed
-                else None,
-                final=final,
-            )
-            match self._cycle.next(situation, time.monotonic()):
-                case Action.TRAIN:
-                    return
-                case Action.MERGE:
-                    assert update is not None
-                    self._merge(update)
-                case Action.SNAPSHOT:
-                    assert opened is not None
-                    self._snapshot(opened)
-                case Action.WAIT:
-                    waited = wait_changed(box, version, WAIT_SLICE_S)
-                    if not final:
-                        self.idle_s += waited
-                        self._waited_in_round += waited
-
-    def _snapshot(self, opened: OpenRound) -> None:
-        box = self._background.mailbox
-        with box.changed:
-            if box.open is opened:
-                box.open = None
-        plan = opened.open.plan
-        copy = self._view.gather(opened.selected)
-        self._background.snapshot(
-            plan.round,
-            copy,
-            self._view.statistics(),
-            self._cycle.steps_since_merge,
-            self._cycle.last_overlap,
-            self._merged,
-        )
-        self._snapshot_steps = self._cycle.steps_since_merge
-        self._cycle.took_snapshot(plan.round)
-        self._snapshot_at = self.run_s
-        self._in_final_round = plan.kind is RoundKind.FINAL
-
-    def _merge(self, ready: ReadyUpdate) -> None:
-        box = self._background.mailbox
-        update = ready.update
-        with box.changed:
-            box.updates.popleft()
-        self._merged += 1
-        plan = update.plan
-        if plan is not None and plan.kind is RoundKind.FINAL:
-            self._view.write(ready.selected, ready.new_anchor)
-        elif update.long_absence and update.new_anchor.size:
-            self._rejoin_after_absence(ready)
-        elif update.new_anchor.size:
-            kind = self._merge_kind if plan is not None else MergeKind.DELAY_CORRECTED
-            with torch.no_grad():
-                live = self._view.read(ready.selected)
-                sent: Sequence[Tensor | None] = ready.sent if ready.sent is not None else [None] * len(live)
-                merged = [
-                    merge(kind, z, a, b, s)
-                    for z, a, b, s in zip(live, ready.anchor, ready.new_anchor, sent, strict=True)
-                ]
-            self._view.write(ready.selected, merged)
-        if update.statistics is not None:
-            self._view.load_statistics(update.statistics)
-        own = update.settles is not None
-        self._in_final_round = self._in_final_round and not own
-        self._cycle.merged(own=own, now=time.monotonic())
-        if plan is not None:
-            self._note_round(plan, own, update.sent is not None)
-
-    def _rejoin_after_absence(self, ready: ReadyUpdate) -> None:
-        """x = c + u − β(c − a), so that progress which the others made too is not added twice."""
-        with torch.no_grad():
-            live = self._view.read(ready.selected)
-            progress = [z - a for z, a in zip(live, ready.anchor, strict=True)]
-            gains = [b - a for a, b in zip(ready.anchor, ready.new_anchor, strict=True)]
-            beta = 0.0
-            if self._rejoin is RejoinKind.PROJECT:
-                dot = sum(float((u.double() * g.double()).sum()) for u, g in zip(progress, gains, strict=True))
-                norm = sum(float(g.double().square().sum()) for g in gains)
-                beta = projection(dot, norm)
-            keep = 0.0 if self._rejoin is RejoinKind.DROP else 1.0
-            merged = [b + (u * keep - g * beta) for b, u, g in zip(ready.new_anchor, progress, gains, strict=True)]
-        self._view.write(ready.selected, merged)
-        log.info("%s is back after a long absence: rejoin %s, beta %.3f", self.name, self._rejoin.value, beta)
-
-    def _note_round(self, plan: RoundPlan, own: bool, included: bool) -> None:
-        if self._on_round is not None:
-            record = RoundRecord(
-                plan.round,
-                plan.kind.name.lower(),
-                self.steps,
-                self._snapshot_steps if own else 0,
-                self._cycle.last_overlap if own else 0,
-                self._snapshot_at if own else None,
-                self.run_s,
-                self._waited_in_round,
-                included,
-            )
-            self._on_round(record)
-        self._waited_in_round = 0.0
-        if plan.kind is RoundKind.EVALUATION and self._on_evaluation is not None:
-            self._on_evaluation(self, plan.round)
-
-    def _end(self, ended: RunEnded) -> None:
-        self._ended_s = time.monotonic()
-        if ended.vector is not None and ended.statistics is not None:
-            self._view.load_vector(ended.vector)
-            self._view.load_statistics(ended.statistics)
-        self.finished = True
+            self.note_wait(wait_changed(self._background.mailbox, version, WAIT_SLICE_S))
 
     # --- figures --------------------------------------------------------------------------------------------
 
     @property
     def reconnects(self) -> int:
         return self._background.connection.reconnects
-
-    @property
-    def contributions(self) -> dict[str, int]:
-        """The ledger's counters: sent = included + returned + outstanding."""
-        ledger = self.engine.ledger
-        return {
-            "sent": ledger.sent,
-            "included": ledger.included,
-            "returned": ledger.returned,
-            "outstanding": ledger.outstanding,
-        }
-
-    @property
-    def idle_fraction(self) -> float:
-        """Share of this worker's run time in which the training thread waited for the service."""
-        if self._t0 is None:
-            return 0.0
-        own = self.run_s - self._joined_s
-        return self.idle_s / own if own > 0 else 0.0
 
     def _report(self) -> WorkerReport:
         """The heartbeat's figures; called on the background thread, which may wait for a GPU's loss."""
@@ -410,10 +183,6 @@ class Session:
             engine.bytes_up,
             engine.bytes_down,
         )
-
-    def live_values(self) -> Floats:
-        """The live parameters in logical order, then the statistics; a new float32 array."""
-        return np.concatenate([self._view.vector(), self._view.statistics()])
 
     # --- saving ---------------------------------------------------------------------------------------------
 
@@ -441,6 +210,10 @@ class Session:
         }
 
     # --- the end --------------------------------------------------------------------------------------------
+
+    def interrupt(self) -> None:
+        """A step that waits for the service returns soon, so that the training loop can end; for signal handlers."""
+        self._interrupted = True
 
     def stop_run(self, why: str = "a worker asked for it") -> None:
         """Ask the server to end the run for everybody, with its final round."""
@@ -472,23 +245,6 @@ def _why(error: BaseException | None) -> tuple[Reason | None, str]:
     return Reason.FAILED, f"{type(error).__name__}: {error}"[:500]
 
 
-def _cycle(pace: Pace, local: int | None, interval: float, overlap: int | None) -> Cycle:
-    def chosen(own: int | str | None, offered: int | None, what: str) -> int | None:
-        if own is None:
-            return offered
-        if own == "auto":
-            return None
-        if isinstance(own, str) or own < 0:
-            raise ConfigError(f"{what} {own!r} is neither a number of steps nor auto")
-        return own
-
-    local = chosen(pace.local_steps, local, "local steps")
-    overlap = chosen(pace.overlap_steps, overlap, "overlap steps")
-    if local == 0 and overlap == 0:
-        raise ConfigError("local steps 0 with overlap steps 0 would average without ever training")
-    return Cycle(local, pace.sync_interval_s or interval, overlap, time.monotonic())
-
-
 def default_name() -> str:
     """A name that is this process's own: host and process id."""
     return f"{socket.gethostname()}-{os.getpid()}"
@@ -512,7 +268,7 @@ def join(
     connect_timeout_s: float = 60.0,
     server_timeout_s: float = 600.0,
     on_round: Callable[[RoundRecord], None] | None = None,
-    on_evaluation: Callable[[Session, int], None] | None = None,
+    on_evaluation: Callable[[TrainingHalf, int], None] | None = None,
     rejoin: str = "project",
     state: Mapping[str, Any] | None = None,
 ) -> Session:
@@ -558,7 +314,7 @@ def join(
         Path(tls_key) if tls_key else None,
     )
     pace = Pace(local_steps, sync_interval_s, overlap_steps)
-    _cycle(pace, 1, 1.0, None)
+    cycle_of(pace, 1, 1.0, None, 0.0)
     view = ModelView(model, statistics)
     engine = WorkerEngine(
         name or default_name(),

@@ -1,0 +1,109 @@
+"""The README's table of measured figures, made from benchmarks/results/.
+
+python benchmarks/figures.py            write it into README.md, between the two marks
+python benchmarks/figures.py --check    say whether it is up to date (exit status 1 when not)
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).resolve().parent / "results"
+README = RESULTS.parent.parent / "README.md"
+BEGIN, END = "<!-- figures: made by benchmarks/figures.py -->", "<!-- end of figures -->"
+
+
+def load(name: str) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return result
+
+
+def row(what: str, target: str, measured: str, script: str) -> str:
+    return f"| {what} | {target} | {measured} | [`{script}.py`](benchmarks/{script}.py) |"
+
+
+def figures() -> str:
+    """The table and the line about the machine."""
+    job, a9a, session, cli = map(load, ("main_job", "a9a", "session_overhead", "cli_start"))
+    seeds = len(job["runs"])
+    up = [b / r["wall_seconds"] for r in job["runs"] for b in r["bytes_up"]]
+    rows = [
+        row(
+            f"main job (`loscar run`, seeds 0–{seeds - 1}): consensus test accuracy",
+            f"≥ {job['targets']['accuracy']}",
+            f"{job['accuracy_min']:.4f} at worst, {job['accuracy_mean']:.4f} on average",
+            "main_job",
+        ),
+        row(
+            "main job: share of the run in which a training thread waited for the service",
+            f"≤ {job['targets']['idle_fraction']:.0%}",
+            f"{job['idle_fraction_max']:.2%} (and {job['service_share_max']:.2%} inside `session.step()`)",
+            "main_job",
+        ),
+        row(
+            "main job: payload that a worker sends",
+            "",
+            f"{max(up) / 1000:.1f} kB/s at most",
+            "main_job",
+        ),
+        row(
+            f"a9a, 8 workers of unequal speed, density .25, 100 ms (seeds 0–{len(a9a['runs']) - 1}): "
+            "consensus test accuracy",
+            f"≥ {a9a['targets']['accuracy']}",
+            f"{a9a['accuracy_min']:.4f} at worst",
+            "a9a",
+        ),
+        row(
+            "d = 10⁷, density .01, no link delay, default pace: share of a 50 ms step in `session.step()`",
+            f"≤ {session['targets']['share']:.0%}",
+            f"{session['share_max']['default']:.2%}; slowest call {session['step_call_ms_max']['default']:.1f} ms",
+            "session_overhead",
+        ),
+        row(
+            "the same with a round every two steps, as often as one can be had",
+            "",
+            f"{session['share_max']['back-to-back']:.2%}; "
+            f"slowest call {session['step_call_ms_max']['back-to-back']:.1f} ms",
+            "session_overhead",
+        ),
+        row(
+            "`loscar --help`, median, without importing torch",
+            f"< {cli['targets']['seconds']} s",
+            f"{cli['seconds_median']:.2f} s" + (", but torch is imported" if cli["imports_torch"] else ""),
+            "cli_start",
+        ),
+    ]
+    m = session["machine"]
+    where = f"{m['system']} on {m['cores']} shared {m['architecture']} cores, Python {m['python']}, torch {m['torch']}"
+    head = "| what | target | measured | script |\n|---|---|---|---|\n"
+    return f"{head}{chr(10).join(rows)}\n\nMeasured on {where}; no GPU.\n"
+
+
+def updated(text: str) -> str:
+    """README's text with the block replaced."""
+    before, _, rest = text.partition(BEGIN)
+    _, mark, after = rest.partition(END)
+    if not mark:
+        raise SystemExit(f"{README} lacks the marks {BEGIN} and {END}")
+    return f"{before}{BEGIN}\n\n{figures()}\n{END}{after}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="compare instead of writing")
+    text = README.read_text(encoding="utf-8")
+    new = updated(text)
+    if not parser.parse_args().check:
+        README.write_text(new, encoding="utf-8")
+    elif new != text:
+        print("README.md's figures are out of date: run python benchmarks/figures.py", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

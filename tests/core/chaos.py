@@ -1,0 +1,229 @@
+"""Random schedules: a run that is cut, killed and crashed at seeded moments, checked against the book all the way.
+
+What is lost is bounded by an assumption, which the schedules keep (`Chaos.covered`): a server dies only while more than
+half of the workers that know the run hold the furthest round or the one before it, and those that are further behind
+are too few to be a majority of the round that they last saw. (The furthest has then forgotten nothing that could still
+be taken back.) Without it a recovery may undo what nobody can give back, and says so.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field, replace
+
+from cluster import Cluster, SimWorker
+
+from loscar_core.config import RunConfig, ServerLimits
+from loscar_core.errors import LoscarError, RefusedError, SupersededError, WrongRoundError
+from loscar_core.selection import SelectionKind
+from loscar_core.server_machine import Phase
+from loscar_core.values import ValueType
+
+
+@dataclass
+class Chaos:
+    """What may happen, and how often; probabilities are per event.
+
+    Attributes:
+        workers: how many, each with its own pace.
+        rounds: of the run, before the final one.
+        cut, kill, crash: how likely a stream breaks, the server dies, a worker's process dies and is replaced.
+        cuts, kills, crashes: how often at most.
+        zombies: a dead server may only have been cut off: it goes on with what it has received, and workers may
+            come back to it by mistake.
+        deadlines: rounds do not wait for everybody.
+        slow: some workers train or receive much more slowly than others.
+        backlog: `max_backlog_rounds`.
+        observers, joiners: who else takes part; joiners come while rounds go on.
+        stops: the run may be told to stop early (and told again after a server's death).
+        late_snapshots: values are handed over some time after they were taken.
+    """
+
+    workers: tuple[int, ...] = (2, 3, 4, 5)
+    rounds: int = 12
+    cut: float = 0.0
+    kill: float = 0.0
+    crash: float = 0.0
+    cuts: int = 12
+    kills: int = 4
+    crashes: int = 3
+    zombies: bool = False
+    deadlines: bool = False
+    slow: bool = False
+    backlog: int = 8
+    observers: int = 0
+    joiners: int = 0
+    stops: bool = False
+    late_snapshots: bool = True
+    statistics: tuple[int, ...] = (0, 3)
+    dimension: int = 40
+    density: tuple[float, ...] = (0.2, 0.5, 1.0)
+    selections: tuple[SelectionKind, ...] = (SelectionKind.SWEEP, SelectionKind.RANDOM, SelectionKind.ALL)
+    value_type: ValueType = ValueType.FLOAT32
+    limits: dict[str, float] = field(default_factory=dict)
+    events: int = 150_000
+
+    def run(self, seed: int) -> Cluster:
+        """One whole run.
+
+        Raises:
+            AssertionError: a property is violated, or the run does not end.
+            LoscarError: somebody was refused who should not have been.
+        """
+        return _Schedule(self, seed).run()
+
+
+class _Schedule:
+    def __init__(self, chaos: Chaos, seed: int) -> None:
+        self.chaos = chaos
+        self.random = random.Random(f"schedule {seed}")
+        pick = self.random.choice
+        n = pick(chaos.workers)
+        config = RunConfig(
+            seed=seed,
+            rounds=chaos.rounds,
+            density=pick(chaos.density),
+            selection=pick(chaos.selections),
+            value_type=chaos.value_type,
+            local_steps=pick([0, 1, 3]),
+            overlap_steps=pick([None, 1, 4]),
+        )
+        limits = ServerLimits(
+            workers=n,
+            lease_s=1e6,
+            heartbeat_s=1.0,
+            round_cap_s=2.0 if chaos.deadlines else 1e6,
+            recover_after_s=100.0,
+            start_grace_s=1.0,
+            slot_reserve_s=20.0,
+            max_backlog_rounds=chaos.backlog,
+        )
+        limits = replace(limits, **chaos.limits)  # type: ignore[arg-type]
+        self.cluster = Cluster(
+            n, config, dimension=chaos.dimension, statistics=pick(chaos.statistics), seed=seed, limits=limits
+        )
+        self.cluster.late_snapshots = chaos.late_snapshots
+        for i in range(chaos.observers):
+            self.cluster.add_worker(f"o{i}", observer=True)
+        if chaos.slow:
+            for worker in self.cluster.workers:
+                worker.speed = pick([1.0, 1.0, 0.2, 0.05])
+                worker.link = pick([1.0, 1.0, 0.3, 0.1])
+        self.joiners = chaos.joiners
+        self.cuts = self.kills = self.crashes = 0
+        self.stopping = False
+
+    def run(self) -> Cluster:
+        cluster = self.cluster
+        cluster.expected = (SupersededError, RefusedError) if self.chaos.crash else ()
+        for worker in cluster.workers:
+            cluster.connect(worker)
+        for _ in range(self.chaos.events):
+            if all(w.out for w in cluster.workers if not w.observer):
+                break
+            self._happen()
+            cluster.step()
+        else:
+            raise AssertionError(f"no end\n{cluster.describe()}")
+        for worker in [w for w in cluster.workers if w.observer and w.stream is not None]:
+            cluster.drain(worker)
+            assert worker.engine.anchor.position == cluster.machine.replica.position  # type: ignore[union-attr]
+        cluster.check_end()
+        return cluster
+
+    # --- what happens ---------------------------------------------------------------------------------------
+
+    def _happen(self) -> None:
+        cluster, chaos, chance = self.cluster, self.chaos, self.random.random
+        if chance() < chaos.cut and self.cuts < chaos.cuts:
+            worker = self.random.choice(cluster.workers)
+            if not worker.out and self._may_go(worker):
+                cluster.cut(worker, noticed=chance() < 0.5)
+                self.cuts += 1
+        for worker in cluster.workers:
+            if worker.stream is None and not worker.out and chance() < 0.02:
+                self._come_back(worker)
+        if self.joiners and chance() < 0.003 and self._round() > 0:
+            self.joiners -= 1
+            joiner = cluster.add_worker(f"j{self.joiners}", seed=self.joiners + 1)
+            cluster.connect(joiner)
+        if chance() < chaos.crash and self.crashes < chaos.crashes and cluster.machine.phase is Phase.RUNNING:
+            worker = self.random.choice(cluster.workers)
+            if not worker.out and not worker.observer and self._may_go(worker, forever=True):
+                self.crashes += 1
+                self._come_back(cluster.crash(worker, noticed=chance() < 0.5))
+        if chance() < chaos.kill and self.kills < chaos.kills and self._covered():
+            self.kills += 1
+            zombie = chaos.zombies and self._round() > 0 and chance() < 0.5
+            cluster.kill_server(zombie=zombie)
+            cluster.start_server()
+            self.stopping = False
+        if chaos.stops and not self.stopping and self._round() > chaos.rounds // 3 and chance() < 0.005:
+            self.stopping = True
+            cluster.carry_out(cluster.machine, cluster.machine.request_stop("enough", cluster.now))
+
+    def _round(self) -> int:
+        state = self.cluster.machine.replica
+        return 0 if state is None else state.position.round
+
+    def _come_back(self, worker: SimWorker) -> None:
+        """Connect, now and then to a server that is not the right one any more."""
+        cluster = self.cluster
+        for zombie in cluster.zombies:
+            fooled = worker.engine.epoch > zombie.epoch and self.random.random() < 0.3
+            if fooled and cluster.machine.phase is Phase.RUNNING:
+                expected, cluster.expected = cluster.expected, (WrongRoundError,)
+                stream = cluster.connect(worker, zombie)
+                while stream.up and worker.stream is stream:
+                    cluster.deliver_up(worker)
+                while stream.down and worker.stream is stream:
+                    cluster.deliver_down(worker)
+                cluster.expected = expected
+                assert isinstance(worker.error, WrongRoundError), "a server of an earlier epoch took it"
+                worker.error = None
+        cluster.connect(worker)
+
+    # --- what the schedules keep ----------------------------------------------------------------------------
+
+    def _may_go(self, worker: SimWorker, *, forever: bool = False) -> bool:
+        """A minority is away at a time; whoever dies for good is not missed by a recovery."""
+        live = [w for w in self.cluster.workers if not w.out and not w.observer]
+        here = [w for w in self.cluster.active() if w in live and w is not worker]
+        if worker.observer:
+            return True
+        if self.chaos.kill == 0:
+            return not forever or len(here) > 0
+        return 2 * len(here) > len(live)
+
+    def _covered(self) -> bool:
+        cluster = self.cluster
+        if cluster.machine.phase is Phase.FINISHED or cluster.book is None:
+            return False
+        known = [w for w in cluster.workers if not w.out and not w.observer and w.engine.initialised]
+        rounds = [w.engine.anchor.position.round for w in known]
+        if not known or max(rounds) == 0:
+            return True
+        furthest = max(known, key=lambda w: (w.engine.anchor.position.round, w.engine.anchor.position.epoch))
+        top = cluster.book.node_of(furthest.engine.anchor)
+        assert top is not None
+        chain = {id(node) for node in top.chain()}
+        close = []
+        for w in known:
+            node = cluster.book.node_of(w.engine.anchor)
+            assert node is not None
+            before = node.parent if id(node) not in chain else node
+            if node.position.round >= top.position.round - 1 and (before is None or id(before) in chain):
+                close.append(w)
+        behind = [w for w in known if w not in close]
+        few = all(w.engine.anchor.members // 2 + 1 > len(behind) for w in behind)
+        return 2 * len(close) > len(known) and few
+
+
+def first_failure(chaos: Chaos, seeds: range) -> tuple[int, str] | None:
+    """The first seed whose schedule breaks something, and what."""
+    for seed in seeds:
+        try:
+            chaos.run(seed)
+        except (AssertionError, LoscarError, IndexError, KeyError, ValueError) as error:
+            return seed, f"{type(error).__name__}: {error}"
+    return None

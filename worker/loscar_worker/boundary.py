@@ -1,0 +1,355 @@
+"""What a worker does between two steps: the training half of a session, real or simulated.
+
+It owns the live model. At a step boundary it hands over a snapshot of the open round's coordinates, or applies an
+update that the background has ready, as the pace says; whether to wait, and on which clock, is the session's affair.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from loscar_core.errors import ConfigError
+from loscar_core.merge import MergeKind, RejoinKind, merge, projection
+from loscar_core.plan import RoundKind, RoundPlan
+from loscar_core.replica import Floats
+from loscar_core.worker_cycle import Action, Cycle, Situation
+from loscar_core.worker_engine import RunEnded, WorkerEngine
+from loscar_worker.background import Background, OpenRound, ReadyUpdate
+from loscar_worker.model import ModelView
+
+log = logging.getLogger("loscar.worker")
+
+
+@dataclass(frozen=True, slots=True)
+class RoundRecord:
+    """One merged round as its worker lived it; times in seconds of run time.
+
+    Attributes:
+        round: its number.
+        kind: what it was for.
+        steps: optimizer steps taken when it was merged, from the start.
+        local_steps: steps from the previous merge to the snapshot (0 when there was none).
+        overlap_steps: steps from the snapshot to the merge.
+        snapshot_s: when the snapshot was taken, None without one.
+        merged_s: when the merge was done.
+        waited_s: how long the training thread waited for the service in this round.
+        included: the contribution is in the average.
+    """
+
+    round: int
+    kind: str
+    steps: int
+    local_steps: int
+    overlap_steps: int
+    snapshot_s: float | None
+    merged_s: float
+    waited_s: float
+    included: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """Overrides of the pace that the server offers; None takes the server's.
+
+    Attributes:
+        local_steps: N, or "auto" to contribute `sync_interval_s` after the last merge.
+        sync_interval_s: see `local_steps`.
+        overlap_steps: Q, or "auto" to merge when the answer is there; 0 blocks.
+    """
+
+    local_steps: int | str | None = None
+    sync_interval_s: float | None = None
+    overlap_steps: int | str | None = None
+
+
+class TrainingHalf:
+    """The training half of a session.
+
+    Args:
+        view: the live model.
+        background: where updates come from and snapshots go to.
+        pace: overrides of the server's.
+        clock: seconds, monotonic.
+        on_round: called after every merged round.
+        on_evaluation: called right after an evaluation round was merged, with this object and the round.
+        rejoin: what becomes of own progress after a long absence.
+
+    Attributes:
+        steps: optimizer steps taken.
+        finished: the run is over; the model holds what it ended with.
+        idle_s: seconds in which training waited for the service.
+        joined_at_start: no round was closed before this worker joined.
+    """
+
+    def __init__(
+        self,
+        view: ModelView,
+        background: Background,
+        pace: Pace,
+        *,
+        clock: Callable[[], float],
+        on_round: Callable[[RoundRecord], None] | None = None,
+        on_evaluation: Callable[[TrainingHalf, int], None] | None = None,
+        rejoin: RejoinKind = RejoinKind.PROJECT,
+    ) -> None:
+        self.steps = 0
+        self.finished = False
+        self.idle_s = 0.0
+        self.joined_at_start = True
+        self._view = view
+        self._background = background
+        self._pace = pace
+        self._clock = clock
+        self._on_round = on_round
+        self._on_evaluation = on_evaluation
+        self._rejoin = rejoin
+        self._t0: float | None = None
+        self._ended_s: float | None = None
+        self._joined_s = 0.0
+        self._waited_in_round = 0.0
+        self._snapshot_at: float | None = None
+        self._snapshot_steps = 0
+        self._in_final_round = False
+        self._final_now = False
+        self._merged = 0
+        self._cycle = Cycle(1, 1.0, None, 0.0)
+        self._merge_kind = MergeKind.DELAY_CORRECTED
+        self._max_steps: int | None = None
+
+    @property
+    def engine(self) -> WorkerEngine:
+        return self._background.engine
+
+    def take_over(self) -> None:
+        """The model takes over the initial state that the background has ready."""
+        initial = self._background.mailbox.initial
+        assert initial is not None
+        self._view.load_vector(initial.vector)
+        self._view.load_statistics(initial.statistics)
+
+    def begin(self) -> None:
+        """t = 0 (or later, for a newcomer): the pace starts to count."""
+        config = self.engine.config
+        assert config is not None
+        self._merge_kind = config.merge
+        self._max_steps = config.max_steps
+        now = self._clock()
+        self._cycle = cycle_of(self._pace, config.local_steps, config.sync_interval_s, config.overlap_steps, now)
+        self._joined_s = max(0.0, self.engine.elapsed_s)
+        self._t0 = now - self._joined_s
+        self.joined_at_start = self.engine.anchor.position.round == 0
+
+    def note_step(self) -> None:
+        """One optimizer step was taken."""
+        self.steps += 1
+        self._cycle.stepped()
+
+    @property
+    def in_final_round(self) -> bool:
+        """What is waited for is the final round."""
+        return self._final_now
+
+    @property
+    def run_s(self) -> float:
+        """Seconds of run time; those before this worker joined count."""
+        if self._t0 is None:
+            return 0.0
+        return (self._clock() if self._ended_s is None else self._ended_s) - self._t0
+
+    @property
+    def idle_fraction(self) -> float:
+        """Share of this worker's run time in which the training thread waited for the service."""
+        if self._t0 is None:
+            return 0.0
+        own = self.run_s - self._joined_s
+        return self.idle_s / own if own > 0 else 0.0
+
+    @property
+    def contributions(self) -> dict[str, int]:
+        """The ledger's counters: sent = included + returned + outstanding."""
+        ledger = self.engine.ledger
+        return {
+            "sent": ledger.sent,
+            "included": ledger.included,
+            "returned": ledger.returned,
+            "outstanding": ledger.outstanding,
+        }
+
+    def live_values(self) -> Floats:
+        """The live parameters in logical order, then the statistics; a new float32 array."""
+        return np.concatenate([self._view.vector(), self._view.statistics()])
+
+    # --- at a step boundary ---------------------------------------------------------------------------------
+
+    def advance(self) -> tuple[Action, int]:
+        """Merge and snapshot what is due at this step boundary.
+
+        Returns:
+            TRAIN when the next local step may be taken (or the run is over), WAIT when nothing may happen before
+            the mailbox is newer than the version that comes with it.
+        """
+        box = self._background.mailbox
+        while not self.finished:
+            if box.failure is not None:
+                self._background.raise_failure()
+            with box.changed:  # one look: a round must not seem open before what it builds on is merged
+                update = box.updates[0] if box.updates else None
+                opened, ended, version = box.open, box.ended, box.version
+            if ended is not None and update is None:
+                self._end(ended)
+                break
+            if box.progress_wanted and update is None:
+                box.progress_wanted = False
+                self._background.progress(self._view.gather(self._view.select(None)), self._merged)
+            if box.rejected is not None:
+                rejected, box.rejected = box.rejected, None
+                self._cycle.rejected(rejected)
+            final = update is None and (
+                self._in_final_round
+                if opened is None or self._cycle.in_flight is not None
+                else opened.open.plan.kind is RoundKind.FINAL
+            )
+            if opened is not None and opened.open.contributed and self._cycle.in_flight is None:
+                self._cycle.took_snapshot(opened.open.plan.round)
+            situation = Situation(
+                update_round=None if update is None else update.update.round,
+                update_is_own=update is not None and update.update.round > 0 and update.update.settles is not None,
+                plan_round=opened.open.plan.round
+                if opened is not None and update is None and not opened.open.contributed
+                else None,
+                final=final,
+            )
+            self._final_now = final
+            match self._cycle.next(situation, self._clock()):
+                case Action.TRAIN:
+                    break
+                case Action.MERGE:
+                    assert update is not None
+                    self._merge(update)
+                case Action.SNAPSHOT:
+                    assert opened is not None
+                    self._snapshot(opened)
+                case Action.WAIT:
+                    return Action.WAIT, version
+        return Action.TRAIN, box.version
+
+    def note_wait(self, waited_s: float) -> None:
+        """The training thread has waited for the service; the final round's wait is nobody's fault."""
+        if not self._final_now:
+            self.idle_s += waited_s
+            self._waited_in_round += waited_s
+
+    def _snapshot(self, opened: OpenRound) -> None:
+        box = self._background.mailbox
+        with box.changed:
+            if box.open is opened:
+                box.open = None
+        plan = opened.open.plan
+        copy = self._view.gather(opened.selected)
+        self._background.snapshot(
+            plan.round,
+            copy,
+            self._view.statistics(),
+            self._cycle.steps_since_merge,
+            self._cycle.last_overlap,
+            self._merged,
+        )
+        self._snapshot_steps = self._cycle.steps_since_merge
+        self._cycle.took_snapshot(plan.round)
+        self._snapshot_at = self.run_s
+        self._in_final_round = plan.kind is RoundKind.FINAL
+
+    def _merge(self, ready: ReadyUpdate) -> None:
+        box = self._background.mailbox
+        update = ready.update
+        with box.changed:
+            box.updates.popleft()
+        self._merged += 1
+        plan = update.plan
+        if plan is not None and plan.kind is RoundKind.FINAL:
+            self._view.write(ready.selected, ready.new_anchor)
+        elif update.long_absence and update.new_anchor.size:
+            self._rejoin_after_absence(ready)
+        elif update.new_anchor.size:
+            kind = self._merge_kind if plan is not None else MergeKind.DELAY_CORRECTED
+            with torch.no_grad():
+                live = self._view.read(ready.selected)
+                sent: Sequence[Tensor | None] = ready.sent if ready.sent is not None else [None] * len(live)
+                merged = [
+                    merge(kind, z, a, b, s)
+                    for z, a, b, s in zip(live, ready.anchor, ready.new_anchor, sent, strict=True)
+                ]
+            self._view.write(ready.selected, merged)
+        if update.statistics is not None:
+            self._view.load_statistics(update.statistics)
+        own = update.settles is not None
+        self._in_final_round = self._in_final_round and not own
+        self._cycle.merged(own=own, now=self._clock())
+        if plan is not None:
+            self._note_round(plan, own, update.sent is not None)
+
+    def _rejoin_after_absence(self, ready: ReadyUpdate) -> None:
+        """x = c + u − β(c − a), so that progress which the others made too is not added twice."""
+        with torch.no_grad():
+            live = self._view.read(ready.selected)
+            progress = [z - a for z, a in zip(live, ready.anchor, strict=True)]
+            gains = [b - a for a, b in zip(ready.anchor, ready.new_anchor, strict=True)]
+            beta = 0.0
+            if self._rejoin is RejoinKind.PROJECT:
+                dot = sum(float((u.double() * g.double()).sum()) for u, g in zip(progress, gains, strict=True))
+                norm = sum(float(g.double().square().sum()) for g in gains)
+                beta = projection(dot, norm)
+            keep = 0.0 if self._rejoin is RejoinKind.DROP else 1.0
+            merged = [b + (u * keep - g * beta) for b, u, g in zip(ready.new_anchor, progress, gains, strict=True)]
+        self._view.write(ready.selected, merged)
+        log.info("%s is back after a long absence: rejoin %s, beta %.3f", self.engine.name, self._rejoin.value, beta)
+
+    def _note_round(self, plan: RoundPlan, own: bool, included: bool) -> None:
+        if self._on_round is not None:
+            record = RoundRecord(
+                plan.round,
+                plan.kind.name.lower(),
+                self.steps,
+                self._snapshot_steps if own else 0,
+                self._cycle.last_overlap if own else 0,
+                self._snapshot_at if own else None,
+                self.run_s,
+                self._waited_in_round,
+                included,
+            )
+            self._on_round(record)
+        self._waited_in_round = 0.0
+        if plan.kind is RoundKind.EVALUATION and self._on_evaluation is not None:
+            self._on_evaluation(self, plan.round)
+
+    def _end(self, ended: RunEnded) -> None:
+        self._ended_s = self._clock()
+        if ended.vector is not None and ended.statistics is not None:
+            self._view.load_vector(ended.vector)
+            self._view.load_statistics(ended.statistics)
+        self.finished = True
+
+
+def cycle_of(pace: Pace, local: int | None, interval: float, overlap: int | None, now: float) -> Cycle:
+    """The cycle that a pace and the server's offer make. Raises ConfigError for a pace that makes no sense."""
+
+    def chosen(own: int | str | None, offered: int | None, what: str) -> int | None:
+        if own is None:
+            return offered
+        if own == "auto":
+            return None
+        if isinstance(own, str) or own < 0:
+            raise ConfigError(f"{what} {own!r} is neither a number of steps nor auto")
+        return own
+
+    local = chosen(pace.local_steps, local, "local steps")
+    overlap = chosen(pace.overlap_steps, overlap, "overlap steps")
+    if local == 0 and overlap == 0:
+        raise ConfigError("local steps 0 with overlap steps 0 would average without ever training")
+    return Cycle(local, pace.sync_interval_s or interval, overlap, now)
