@@ -135,8 +135,7 @@ def _run(args: Namespace) -> int:
     if args.rounds is None and args.duration is None and args.max_steps is None:
         args.duration = "30s"
     workers = o.whole("--workers", args.workers, 1)
-    if args.slowdown is None:
-        args.slowdown = "1,1,1,2" if workers == 4 else "1"
+    args.slowdown = _default_slowdown(args, workers)
     if args.target_loss is not None:
         o.number("--target-loss", args.target_loss)
         if args.evaluate_every == "0":
@@ -158,6 +157,67 @@ def _run(args: Namespace) -> int:
     if args.json:
         _print_json(summary)
     return 0
+
+
+def _simulate(args: Namespace) -> int:
+    _require_torch()
+    from loscar_deploy.link_spec import parse_links
+
+    if args.rounds is None and args.duration is None and args.max_steps is None:
+        args.duration = "30s"
+    if args.target_loss is not None and args.evaluate_every == "0":
+        args.evaluate_every = "5"
+    workers = o.whole("--workers", args.workers, 1)
+    step_s = o.seconds("--step-time", args.step_time)
+    slowdown = o.numbers("--slowdown", _default_slowdown(args, workers), workers)
+    config = o.run_config(args)
+    links = parse_links(args.link, workers)
+
+    import torch
+
+    from loscar_deploy.simulate import Simulation, SimulationPlan, summary_of
+    from loscar_worker.tasks import load_task
+
+    torch.set_num_threads(1)
+    if args.download:
+        _download(args)
+    task = load_task(
+        args.task,
+        args.data_dir,
+        batch_size=None if args.batch_size is None else o.whole("--batch-size", args.batch_size, 1),
+        lr=None if args.lr is None else o.number("--lr", args.lr),
+    )
+    plan = SimulationPlan(
+        task,
+        config,
+        workers,
+        links,
+        tuple(step_s * factor for factor in slowdown),
+        partition=args.partition,
+        target_loss=None if args.target_loss is None else o.number("--target-loss", args.target_loss),
+        churn=o.number("--churn", args.churn),
+        churn_every_s=o.seconds("--churn-every", args.churn_every),
+        away_s=o.seconds("--away", args.away),
+    )
+    summary = summary_of(plan, Simulation(plan).run())
+    if args.json:
+        _print_json(summary)
+        return 0
+    for e in summary["evaluations"]:
+        print(f"{e['time']:8.1f} s  round {e['round']}  test loss {e['loss']:.4f}  accuracy {e['accuracy']:.4f}")
+    print(
+        f"consensus test accuracy {summary['accuracy']:.4f}, loss {summary['loss']:.4f} after {summary['rounds']} "
+        f"rounds in {summary['virtual_seconds']:.1f} virtual seconds (idle ≤ {max(summary['idle_fraction']):.1%})"
+    )
+    if plan.target_loss is not None and summary["seconds_to_target"] is None:
+        print(f"target loss {plan.target_loss:g} NOT reached")
+    return 0
+
+
+def _default_slowdown(args: Namespace, workers: int) -> str:
+    if args.slowdown is not None:
+        return str(args.slowdown)
+    return "1,1,1,2" if workers == 4 else "1"
 
 
 def _status(args: Namespace) -> int:
@@ -296,6 +356,21 @@ def build_parser() -> ArgumentParser:
     o.add_task(run)
     o.add_run(run)
     o.add_limits(run)
+
+    simulate = command("simulate", _simulate, "the same protocol under a virtual clock, in one process")
+    simulate.add_argument("--workers", metavar="N", default="4", help="how many workers, up to thousands")
+    simulate.add_argument("--link", metavar="SPEC", default="rtt=100ms,rate=20mbit", help="as for run")
+    simulate.add_argument("--slowdown", metavar="F[,F…]", help="as for run")
+    simulate.add_argument("--step-time", metavar="TIME", default="10ms", help="virtual time of one step")
+    simulate.add_argument("--target-loss", metavar="L", help="end at this test loss of the live models' average")
+    simulate.add_argument(
+        "--churn", metavar="P", default="0", help="share of the workers that die at once, now and then"
+    )
+    simulate.add_argument("--churn-every", metavar="TIME", default="10s", help="how often")
+    simulate.add_argument("--away", metavar="TIME", default="5s", help="they come back after so long, as new ones")
+    simulate.add_argument("--json", action="store_true", help="print the summary as JSON")
+    o.add_task(simulate)
+    o.add_run(simulate)
 
     server = command("server", _server, "one parameter server")
     server.add_argument("--listen", metavar="HOST:PORT", default="127.0.0.1:50051")
