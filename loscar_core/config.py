@@ -54,8 +54,8 @@ class RunConfig:
     selection: SelectionKind = SelectionKind.SWEEP
     value_type: ValueType = ValueType.FLOAT32
     merge: MergeKind = MergeKind.DELAY_CORRECTED
-    local_steps: int | None = 16
-    sync_interval_s: float = 1.0
+    local_steps: int | None = None
+    sync_interval_s: float = 0.25
     overlap_steps: int | None = None
     rounds: int | None = None
     duration_s: float | None = None

@@ -37,6 +37,10 @@ class Segment:
     shape: tuple[int, ...]
     dtype: str
 
+    def __post_init__(self) -> None:
+        if any(side < 0 for side in self.shape):
+            raise ConfigError(f"the tensor {self.name!r} has the shape {self.shape}")
+
     @property
     def size(self) -> int:
         """Number of coordinates."""
@@ -85,7 +89,8 @@ class Layout:
         digest = hashlib.sha256(b"loscar layout 1\n")
         for group, segments in (("p", self.parameters), ("s", self.statistics)):
             for s in segments:
-                digest.update(f"{group} {s.name} {s.dtype} {s.shape}\n".encode())
+                # Quoted, so that no name can look like two tensors.
+                digest.update(f"{group} {s.name!r} {s.dtype!r} {s.shape}\n".encode())
         digest.update(f"frozen {self.frozen_checksum}\n".encode())
         return digest.digest()
 

@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from argparse import ArgumentParser
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from loscar_worker.model import ModelView
 from loscar_worker.tasks import Task, load_task
 
 POLL_S = 0.05
+PATIENCE_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,15 +61,25 @@ class LiveEvaluator:
         self._model = task.make_model(0)
         self._view = ModelView(self._model)
         self._done = 0
+        self._seen_at: dict[int, float] = {}
 
     def next(self) -> Average | None:
-        """The newest round that every worker has written and that was not returned before."""
-        rounds = [set(read_rounds(p)) for p in self._paths]
-        complete = [r for r in set.intersection(*rounds) if r > self._done] if rounds else []
-        for round_ in sorted(complete, reverse=True):
+        """The newest round that every worker has written and that was not returned before.
+
+        A worker that died writes no more: a round that at least half of the workers have written is complete
+        without the others once `PATIENCE_S` are over.
+        """
+        rounds = Counter(r for p in self._paths for r in read_rounds(p) if r > self._done)
+        now = time.monotonic()
+        self._seen_at = {r: self._seen_at.get(r, now) for r in rounds}
+        for round_ in sorted(rounds, reverse=True):
+            patient = now - self._seen_at[round_] < PATIENCE_S
+            needed = len(self._paths) if patient else (len(self._paths) + 1) // 2
+            if rounds[round_] < needed:
+                continue
             vectors = [read_round(p, round_) for p in self._paths]
             whole = [v for v in vectors if v is not None]
-            if len(whole) == len(self._paths):
+            if len(whole) >= needed:
                 self._done = round_
                 return average_of(whole)
         return None

@@ -31,6 +31,7 @@ METRICS_EVERY_S = 1.0
 START_TIMEOUT_S = 60.0
 END_TIMEOUT_S = 60.0
 
+_NOT_SAVED = ("handler", "exit_with_parent", "log_level", "json")
 _TASK_OPTIONS = ("task", "data_dir", "batch_size", "lr", "partition", "seed")
 
 
@@ -351,7 +352,7 @@ def execute(plan: RunPlan) -> dict[str, Any]:
 
     args = plan.args
     folder = RunFolder(args.out)
-    folder.write_config({k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "handler"})
+    folder.write_config({k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in _NOT_SAVED})
     progress = Progress(sys.stderr if args.json else sys.stdout)
 
     async def go() -> dict[str, Any]:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.live import Live
 
 from loscar_deploy.client import Client
-from loscar_deploy.table import status_table
+from loscar_deploy.table import console_for, status_table
 from loscar_wire._generated import parameter_server_pb2 as pb
 from loscar_wire.transport import ClientSecurity, parse_address
 
@@ -44,7 +44,7 @@ async def show_status(target: str, security: ClientSecurity, *, as_json: bool, w
     """Print the status; with `watch`, until the run is over or Ctrl+C."""
     parse_address(target, "--server")
     client = Client(target, security)
-    console = Console()
+    console = console_for(sys.stdout)
     try:
         reply = await client.status()
         if not watch:

@@ -14,6 +14,7 @@ from rich.table import Table
 from loscar_wire._generated import parameter_server_pb2 as pb
 
 LINE_EVERY_S = 5.0
+PIPE_WIDTH = 120
 
 
 def size(count: float) -> str:
@@ -23,6 +24,11 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
+
+
+def console_for(stream: IO[str]) -> Console:
+    """A console on a stream; what is no terminal has no width, so the tables get what they need."""
+    return Console(file=stream) if stream.isatty() else Console(file=stream, width=PIPE_WIDTH)
 
 
 def idle_share(member: pb.MemberStatus) -> float:
@@ -59,7 +65,7 @@ def status_table(reply: pb.StatusReply) -> Table:
 def status_line(reply: pb.StatusReply) -> str:
     """The same in one line."""
     if reply.elapsed_s < 0:
-        return f"{reply.phase}: {len(reply.members)} workers are there"
+        return "starting the workers" if not reply.members else f"{reply.phase}: {len(reply.members)} workers are there"
     losses = [m.report.loss for m in reply.members if m.report.HasField("loss")]
     loss = f"{sum(losses) / len(losses):.4f}" if losses else "–"
     steps = "/".join(str(m.report.steps) for m in reply.members)
@@ -81,11 +87,12 @@ class Progress:
     """
 
     def __init__(self, stream: IO[str] | None = None, *, quiet: bool = False) -> None:
-        self._console = Console(file=stream or sys.stdout)
+        self._console = console_for(stream or sys.stdout)
         self._live = self._console.is_terminal and not quiet
         self._quiet = quiet
         self._display: Live | None = None
         self._last_line_s = 0.0
+        self._last_line = ""
 
     def __enter__(self) -> Self:
         if self._live:
@@ -105,8 +112,11 @@ class Progress:
         if self._display is not None:
             self._display.update(status_table(reply))
         elif not self._quiet and (last or time.monotonic() - self._last_line_s >= LINE_EVERY_S):
-            self._last_line_s = time.monotonic()
-            self.say(status_line(reply))
+            line = status_line(reply)
+            if reply.elapsed_s < 0 and line == self._last_line:
+                return  # still waiting for the same ones
+            self._last_line_s, self._last_line = time.monotonic(), line
+            self.say(line)
 
     def say(self, text: str) -> None:
         """A line beside the table."""

@@ -8,11 +8,48 @@ dead link.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 from loscar_core.errors import LoscarError
+
+MIN_MESSAGE_BYTES = 16 << 10
+MAX_MESSAGE_BYTES = 1 << 20
+MESSAGE_S = 0.25
+"""A message takes at most this long at the measured rate, so that a heartbeat never waits longer for its turn."""
+
+_RATE_WINDOW_S = 0.05
+_RATE_WEIGHT = 0.3
+
+
+class RateMeter:
+    """The rate at which the network takes messages, from how long they take while others wait.
+
+    A short burst only fills buffers and says nothing; what counts is time spent in writes that were held back.
+    """
+
+    def __init__(self) -> None:
+        self.bytes_per_s: float | None = None
+        self._bytes = 0
+        self._seconds = 0.0
+
+    def note(self, size: int, seconds: float) -> None:
+        """A message of `size` bytes took so long to be handed over."""
+        self._bytes += size
+        self._seconds += seconds
+        if self._seconds >= _RATE_WINDOW_S:
+            rate = self._bytes / self._seconds
+            old = self.bytes_per_s
+            self.bytes_per_s = rate if old is None else old + _RATE_WEIGHT * (rate - old)
+            self._bytes, self._seconds = 0, 0.0
+
+    def message_bytes(self, default: int) -> int:
+        """How large a message may be; `default` while nothing is known."""
+        if self.bytes_per_s is None:
+            return default
+        return max(MIN_MESSAGE_BYTES, min(MAX_MESSAGE_BYTES, int(self.bytes_per_s * MESSAGE_S)))
 
 
 class Outbox:
@@ -27,6 +64,7 @@ class Outbox:
         self._data: deque[tuple[int | None, bytes]] = deque()
         self._wake = asyncio.Event()
         self.queued_bytes = 0
+        self.rate = RateMeter()
         self.closing = False
         self.error: LoscarError | None = None
 
@@ -58,6 +96,7 @@ class Outbox:
         if error is not None:
             self._urgent.clear()
             self._data.clear()
+            self.queued_bytes = 0
         self._wake.set()
 
     async def write_all(
@@ -73,7 +112,9 @@ class Outbox:
         while True:
             if self._urgent or self._data:
                 payload = self._urgent.popleft() if self._urgent else self._data.popleft()[1]
+                started = time.monotonic()
                 await write(payload)
+                self.rate.note(len(payload), time.monotonic() - started)
                 self.queued_bytes -= len(payload)
                 written(len(payload))
                 if not self._urgent and not self._data and not self.closing:

@@ -112,6 +112,7 @@ class _Schedule:
         self.joiners = chaos.joiners
         self.cuts = self.kills = self.crashes = 0
         self.stopping = False
+        self.away: dict[SimWorker, float] = {}
 
     def run(self) -> Cluster:
         cluster = self.cluster
@@ -141,7 +142,7 @@ class _Schedule:
                 cluster.cut(worker, noticed=chance() < 0.5)
                 self.cuts += 1
         for worker in cluster.workers:
-            if worker.stream is None and not worker.out and chance() < 0.02:
+            if worker.stream is None and not worker.out and chance() < 0.02 and self.away.get(worker, 0) <= cluster.now:
                 self._come_back(worker)
         if self.joiners and chance() < 0.003 and self._round() > 0:
             self.joiners -= 1
@@ -155,6 +156,7 @@ class _Schedule:
         if chance() < chaos.kill and self.kills < chaos.kills and self._covered():
             self.kills += 1
             zombie = chaos.zombies and self._round() > 0 and chance() < 0.5
+            self._choose_comebacks()
             cluster.kill_server(zombie=zombie)
             cluster.start_server()
             self.stopping = False
@@ -166,20 +168,28 @@ class _Schedule:
         state = self.cluster.machine.replica
         return 0 if state is None else state.position.round
 
+    def _choose_comebacks(self) -> None:
+        """The order in which workers find a new server decides what it adopts: now and then the furthest come last,
+        or those that are furthest behind come first."""
+        known = [w for w in self.cluster.workers if not w.out and not w.observer]
+        known.sort(key=lambda w: w.engine.anchor.position.round)
+        how = self.random.random()
+        now = self.cluster.now
+        late = known[-1:] if how < 0.4 else known[1:] if how < 0.6 else []
+        self.away = {w: now + self.random.uniform(0, 15) for w in late}
+
     def _come_back(self, worker: SimWorker) -> None:
-        """Connect, now and then to a server that is not the right one any more."""
+        """Connect, now and then to a server that others have left behind: it must not get a worker that has been at
+        its successor."""
         cluster = self.cluster
         for zombie in cluster.zombies:
-            fooled = worker.engine.epoch > zombie.epoch and self.random.random() < 0.3
-            if fooled and cluster.machine.phase is Phase.RUNNING:
+            if worker.followed is cluster.machine and self.random.random() < 0.3:
                 expected, cluster.expected = cluster.expected, (WrongRoundError,)
-                stream = cluster.connect(worker, zombie)
-                while stream.up and worker.stream is stream:
-                    cluster.deliver_up(worker)
-                while stream.down and worker.stream is stream:
-                    cluster.deliver_down(worker)
+                cluster.connect(worker, zombie)
+                cluster.deliver_up(worker)
                 cluster.expected = expected
-                assert isinstance(worker.error, WrongRoundError), "a server of an earlier epoch took it"
+                if worker.stream is not None:
+                    return  # it goes on there
                 worker.error = None
         cluster.connect(worker)
 

@@ -82,6 +82,8 @@ class SimWorker:
     overlap_steps: int | None = None
     observer: bool = False
     stream: Stream | None = None
+    followed: ServerMachine | None = None
+    """The server whose rounds it has taken part in last."""
     updates: deque[we.Update] = field(default_factory=deque)
     open: we.RoundOpen | None = None
     pending: tuple[we.RoundOpen, np.ndarray, np.ndarray, bytes] | None = None
@@ -237,6 +239,7 @@ class SimWorker:
                     self.cycle = Cycle(self.local_steps, 1.0, self.overlap_steps, 0.0)
                 case we.RoundOpen():
                     self.open = effect
+                    self.followed = None if self.stream is None else self.stream.server
                     if effect.contributed and self.cycle and self.cycle.in_flight is None:
                         self.cycle.took_snapshot(effect.plan.round)
                 case we.Update():

@@ -26,6 +26,7 @@ from loscar_core.errors import (
     RefusedError,
     SessionFailedError,
 )
+from loscar_core.worker_engine import WorkerEngine
 from loscar_worker.background import Background
 from loscar_worker.model import ModelView
 from loscar_worker.session import RoundRecord, Session
@@ -378,16 +379,23 @@ def test_a_newcomer_starts_at_its_anchor(processes: Processes, monkeypatch: pyte
             time.sleep(0.4)
         load(self, values)
 
+    sent: list[float] = []
+    snapshot = WorkerEngine.snapshot
+
+    def weighed(self: WorkerEngine, round_: int, *args: Any) -> Any:
+        effects = snapshot(self, round_, *args)
+        if self.name == "late" and effects:
+            sent.append(float(np.abs(self.ledger.records[round_].sent).max()))
+        return effects
+
     monkeypatch.setattr(ModelView, "load_vector", slow)
+    monkeypatch.setattr(WorkerEngine, "snapshot", weighed)
     server = processes.server("--density", "1", "--local-steps", "2", "--workers", "1", "--final-round", "none")
     first, late = Trainer(0), Trainer(1)
     done = threading.Event()
-    sessions: list[Session] = []
 
     def newcomer() -> None:
         with join(server, late, "late") as session:
-            sessions.append(session)
-            # It never trains, so its model is its anchor at all times.
             wait_until(lambda: session.step() or session.contributions["included"] >= 3, "the newcomer takes part")
         done.set()
 
@@ -397,10 +405,8 @@ def test_a_newcomer_starts_at_its_anchor(processes: Processes, monkeypatch: pyte
         thread.start()
         wait_until(lambda: first.step(session) or done.is_set(), "the newcomer is through")
         thread.join()
-    late_session = sessions[0]
-    late_session._background.mailbox.updates and late_session._synchronise()
-    assert late_session.engine.anchor.position.round > 2
-    assert np.allclose(late.vector(), late_session.engine.anchor.vector, atol=1e-5)
+    assert len(sent) >= 3
+    assert max(sent) < 1e-6, "a worker that never trains has nothing to contribute"
 
 
 # --- beside forked processes --------------------------------------------------------------------------------

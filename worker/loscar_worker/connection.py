@@ -25,7 +25,7 @@ from loscar_core.errors import (
     WrongRoundError,
 )
 from loscar_core.messages import Contribution, Goodbye, Heartbeat, Leave, Reason, StopRun, WorkerMessage, WorkerReport
-from loscar_core.worker_engine import Dismissed, Emit, RoundTrip, Update, WorkerEffect, WorkerEngine
+from loscar_core.worker_engine import MESSAGE_BYTES, Dismissed, Emit, RoundTrip, Update, WorkerEffect, WorkerEngine
 from loscar_wire.mapping import decode_server_message, encode_worker_message
 from loscar_wire.outbox import Outbox
 from loscar_wire.status import from_status
@@ -285,8 +285,11 @@ class Connection:
             raise SupersededError(goodbye.detail)
 
     async def _write(self, call: Any, outbox: Outbox) -> None:
+        def adapt() -> None:
+            self.engine.message_bytes = outbox.rate.message_bytes(MESSAGE_BYTES)
+
         try:
-            await outbox.write_all(call.write, lambda _: None, lambda: None)
+            await outbox.write_all(call.write, lambda _: None, adapt)
             await call.done_writing()
         except (grpc.RpcError, asyncio.InvalidStateError):
             return  # the reader learns why

@@ -1,0 +1,95 @@
+"""The outbox: order, what overtakes, what is dropped, and the size of messages on slow links."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+from loscar_core.errors import MalformedError
+from loscar_wire.outbox import MAX_MESSAGE_BYTES, MIN_MESSAGE_BYTES, Outbox, RateMeter
+
+
+def _written(fill: Callable[[Outbox], None], *, close: bool = True) -> list[bytes]:
+    """What an outbox writes that was filled before its writer ran."""
+
+    async def run() -> list[bytes]:
+        outbox, out = Outbox(), []
+
+        async def write(payload: bytes) -> None:
+            out.append(payload)
+
+        fill(outbox)
+        if close:
+            outbox.close(None)
+        await asyncio.wait_for(outbox.write_all(write, lambda _: None, lambda: None), 5)
+        assert outbox.queued_bytes == 0
+        return out
+
+    return asyncio.run(run())
+
+
+def test_heartbeats_overtake_data_and_nothing_else_changes_place() -> None:
+    def fill(outbox: Outbox) -> None:
+        outbox.put(b"a", round_=1)
+        outbox.put(b"b")
+        outbox.put(b"!", urgent=True)
+
+    assert _written(fill) == [b"!", b"a", b"b"]
+
+
+def test_a_round_that_is_over_takes_its_messages_with_it() -> None:
+    def fill(outbox: Outbox) -> None:
+        for round_ in (3, 4, 5):
+            outbox.put(b"%d" % round_, round_=round_)
+        outbox.put(b"ready")
+        outbox.discard(4)
+
+    assert _written(fill) == [b"5", b"ready"]
+
+
+def test_an_error_drops_what_is_queued_and_what_comes_later() -> None:
+    def fill(outbox: Outbox) -> None:
+        outbox.put(b"a")
+        outbox.close(MalformedError("no"))
+        outbox.put(b"b")
+
+    assert _written(fill, close=False) == []
+
+
+def test_drained_is_told_when_the_last_message_is_handed_over() -> None:
+    async def run() -> list[str]:
+        outbox, seen = Outbox(), []
+        written = asyncio.Event()
+
+        async def write(payload: bytes) -> None:
+            seen.append(payload.decode())
+
+        def drained() -> None:
+            seen.append("drained")
+            written.set()
+
+        writer: Awaitable[None] = asyncio.ensure_future(outbox.write_all(write, lambda _: None, drained))
+        outbox.put(b"a")
+        outbox.put(b"b")
+        await asyncio.wait_for(written.wait(), 5)
+        outbox.close(None)
+        await asyncio.wait_for(writer, 5)
+        return seen
+
+    assert asyncio.run(run()) == ["a", "b", "drained"]
+
+
+def test_messages_fit_the_measured_rate() -> None:
+    meter = RateMeter()
+    assert meter.message_bytes(1 << 18) == 1 << 18
+    meter.note(1 << 18, 0.001)  # a burst into empty buffers says nothing
+    assert meter.bytes_per_s is None
+    for _ in range(60):
+        meter.note(100_000, 1.0)
+    assert meter.message_bytes(1 << 18) in range(24_500, 25_600)
+    for _ in range(60):
+        meter.note(100, 1.0)
+    assert meter.message_bytes(1 << 18) == MIN_MESSAGE_BYTES
+    for _ in range(60):
+        meter.note(1 << 30, 0.1)
+    assert meter.message_bytes(1 << 18) == MAX_MESSAGE_BYTES
