@@ -193,7 +193,7 @@ class ServerMachine:
         """Time has passed: leases, deadlines, start and recovery waits."""
         self._now = now
         for member in list(self.members.by_peer.values()):
-            if member.state is not MemberState.GONE and now - member.heard_s >= self.limits.lease_s:
+            if member.state is not MemberState.GONE and now >= member.heard_s + self.limits.lease_s:
                 self._dismiss(member, Reason.LEASE_EXPIRED, f"nothing heard for {self.limits.lease_s:g} s")
         if self.phase is Phase.RECOVERING:
             self._try_adopt()
@@ -337,12 +337,12 @@ class ServerMachine:
 
     def _set_layout(self, layout: Layout) -> None:
         """The first worker says what the model is; observers that came before it must agree."""
-        self.layout = layout
         for member in list(self.members.by_peer.values()):
             try:
                 require_same(layout, member.hello.layout)
             except WrongModelError as error:
                 self._refuse(member.peer, error)
+        self.layout = layout  # after them: who leaves while nobody trains takes the model along
 
     def _check_epoch(self, hello: Hello) -> None:
         """A worker that has met a later epoch: this server is the stale one, unless others say otherwise."""
@@ -442,7 +442,7 @@ class ServerMachine:
     def _try_adopt(self) -> None:
         if self.retired is not None:
             return
-        waited = self._now - self._recovering_since >= self.limits.recover_after_s
+        waited = self._now >= self._recovering_since + self.limits.recover_after_s
         choice = choose(list(self._claims.values()), waited=waited)
         saved = self._checkpoint
         if saved is None and waited and choice is None:
@@ -777,8 +777,8 @@ class ServerMachine:
                     self._announce(current.plan)
                     continue
             quorum = (len(present) + 1) // 2
-            since = self._now - self._round_opened
-            awaited = [m.slot for m in present if since < m.deadline_s(self.limits)]
+            # The same sum as in _deadlines (and so for all waits): a wake-up at that moment must find it passed.
+            awaited = [m.slot for m in present if self._now < self._round_opened + m.deadline_s(self.limits)]
             for index in current.open_parts() if part is None else [part]:
                 have = set(current.contributors(index))
                 if len(have) >= quorum and have.issuperset(awaited):

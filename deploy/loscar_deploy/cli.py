@@ -240,8 +240,11 @@ def _evaluate(args: Namespace) -> int:
         config = path / "config.toml"
         if not config.is_file():
             raise DataMissingError(f"{path} is no run folder: it has no config.toml")
-        saved = tomllib.loads(config.read_text(encoding="utf-8"))
-        task = task or saved["task"]
+        try:
+            saved = tomllib.loads(config.read_text(encoding="utf-8"))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{config} cannot be read: {error}") from None
+        task = task or saved.get("task")
         data_dir = data_dir or (Path(saved["data_dir"]) if "data_dir" in saved else None)
         path = path / "model.safetensors"
     if task is None:

@@ -7,7 +7,7 @@ each access of such a field copies, so every one is read exactly once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from enum import IntEnum
 from typing import Any, TypeVar
 
@@ -17,7 +17,7 @@ from loscar_core import messages as m
 from loscar_core.config import PROTOCOL_VERSION, FinalRound, RunConfig
 from loscar_core.errors import LoscarError, MalformedError, ProtocolError, VersionMismatchError
 from loscar_core.indices import IndexCoding
-from loscar_core.layout import Layout, Segment
+from loscar_core.layout import MAX_DIMENSION, Layout, Segment
 from loscar_core.merge import MergeKind
 from loscar_core.plan import HistoryEntry, RoundKind, RoundPlan
 from loscar_core.selection import SelectionKind
@@ -47,6 +47,16 @@ _CODINGS = {
 }
 _CODINGS_BACK = {number: coding for coding, number in _CODINGS.items()}
 MAX_PARTS_BYTES = 1 << 16
+MAX_NUMBER = 1 << 62
+"""Epochs, rounds and counts stay below it: there is room to count on from any that is accepted."""
+MAX_SEGMENTS = 1 << 16
+MAX_DIMENSIONS = 64
+MAX_NAME = 1000
+MAX_SPANS = 1 << 14
+MAX_RECENT = 256
+MAX_CAPABILITIES = 64
+MAX_ELAPSED_S = 1e10
+MAX_TEXT = 500
 
 V = TypeVar("V")
 M = TypeVar("M")
@@ -64,6 +74,23 @@ def _number(kind: IntEnum) -> Any:
     return int(kind)
 
 
+def _at_most(number: int, what: str, limit: int = MAX_NUMBER) -> int:
+    if number > limit:
+        raise MalformedError(f"{what} {number} is beyond {limit}")
+    return number
+
+
+def _time(seconds: float, what: str) -> float:
+    if not 0 <= seconds <= MAX_ELAPSED_S:
+        raise MalformedError(f"{what} of {seconds:g} s")
+    return seconds
+
+
+def _text(text: str) -> str:
+    """A line for people's eyes: what would move their terminal's cursor is shown instead."""
+    return "".join(c if c.isprintable() else "?" for c in text[:MAX_TEXT])
+
+
 # --- pieces -------------------------------------------------------------------------------------------------
 
 
@@ -77,9 +104,17 @@ def layout_to_pb(layout: Layout) -> pb.Layout:
 
 def layout_from_pb(message: pb.Layout) -> Layout:
     def segments(source: Iterable[pb.Segment]) -> tuple[Segment, ...]:
-        return tuple(Segment(s.name, tuple(s.shape), s.dtype) for s in source)
+        return tuple(_segment(s) for s in source)
 
+    _at_most(len(message.parameters) + len(message.statistics), "a number of tensors:", MAX_SEGMENTS)
     return Layout(segments(message.parameters), segments(message.statistics), message.frozen_checksum)
+
+
+def _segment(s: pb.Segment) -> Segment:
+    # Sizes are multiplied out later: unbounded ones would take minutes.
+    _at_most(len(s.shape), "a number of a tensor's dimensions:", MAX_DIMENSIONS)
+    _at_most(max(len(s.name), len(s.dtype)), "the length of a tensor's name:", MAX_NAME)
+    return Segment(s.name, tuple(_at_most(size, "a tensor's size", MAX_DIMENSION) for size in s.shape), s.dtype)
 
 
 def _position_to_pb(position: Position) -> pb.Position:
@@ -87,15 +122,19 @@ def _position_to_pb(position: Position) -> pb.Position:
 
 
 def _position(message: pb.Position) -> Position:
-    return Position(message.epoch, message.round)
+    return Position(_at_most(message.epoch, "epoch"), _at_most(message.round, "round"))
 
 
 def _lineage_to_pb(lineage: Lineage) -> list[pb.Span]:
     return [pb.Span(epoch=e, first_round=r) for e, r in lineage.spans]
 
 
-def _lineage(spans: Iterable[pb.Span]) -> Lineage:
-    return Lineage(tuple((s.epoch, s.first_round) for s in spans))
+def _lineage(spans: Sequence[pb.Span]) -> Lineage:
+    _at_most(len(spans), "a number of epochs:", MAX_SPANS)
+    pairs = tuple((_at_most(s.epoch, "epoch"), _at_most(s.first_round, "round")) for s in spans)
+    if pairs and min(pairs[0]) < 1:
+        raise MalformedError(f"a lineage that begins with epoch {pairs[0][0]} and round {pairs[0][1]}")
+    return Lineage(pairs)
 
 
 def _plan_to_pb(plan: RoundPlan, *, number: bool = True) -> pb.Plan:
@@ -114,10 +153,10 @@ def _plan(message: pb.Plan, round_: int | None = None) -> RoundPlan:
     except ValueError:
         raise MalformedError(f"unknown kind of round {message.kind}") from None
     return RoundPlan(
-        message.round if round_ is None else round_,
+        _at_most(message.round, "round") if round_ is None else round_,
         kind,
         _lookup(_SELECTIONS_BACK, message.selection, "selection"),
-        message.count,
+        _at_most(message.count, "a number of coordinates:", MAX_DIMENSION),
         _lookup(_VALUE_TYPES_BACK, message.value_type, "value type"),
     )
 
@@ -129,7 +168,8 @@ def _recent_to_pb(entries: Iterable[HistoryEntry]) -> list[pb.CommittedRound]:
     ]
 
 
-def _recent(entries: Iterable[pb.CommittedRound]) -> tuple[HistoryEntry, ...]:
+def _recent(entries: Sequence[pb.CommittedRound]) -> tuple[HistoryEntry, ...]:
+    _at_most(len(entries), "a number of committed rounds:", MAX_RECENT)
     return tuple(HistoryEntry(_position(e.position), _plan(e.plan), e.digest) for e in entries)
 
 
@@ -150,7 +190,9 @@ def _inclusion(entries: Iterable[pb.Inclusion]) -> dict[bytes, Included]:
         parts = e.parts
         if len(e.incarnation) != INCARNATION_BYTES or len(parts) > MAX_PARTS_BYTES:
             raise MalformedError("an entry of the inclusion table is malformed")
-        table[e.incarnation] = Included(e.round, int.from_bytes(parts, "little"))
+        if e.incarnation in table:
+            raise MalformedError("a member is twice in the inclusion table")
+        table[e.incarnation] = Included(_at_most(e.round, "round"), int.from_bytes(parts, "little"))
     return table
 
 
@@ -216,8 +258,8 @@ def report_from_pb(message: pb.WorkerReport) -> m.WorkerReport:
     return m.WorkerReport(
         steps=message.steps,
         loss=message.loss if message.HasField("loss") else None,
-        idle_s=message.idle_s,
-        run_s=message.run_s,
+        idle_s=_time(message.idle_s, "an idle time"),
+        run_s=_time(message.run_s, "a run time"),
         sent=message.sent,
         included=message.included,
         returned=message.returned,
@@ -363,14 +405,20 @@ def _hello(h: pb.Hello) -> m.Hello:
         observer=h.observer,
         layout=layout_from_pb(h.layout),
         vector_checksum=h.vector_checksum,
-        epoch=h.epoch,
-        members=h.members,
+        epoch=_at_most(h.epoch, "epoch"),
+        members=_at_most(h.members, "a number of members:"),
         position=_position(h.position),
         digest=h.digest,
         lineage=_lineage(h.lineage),
         recent=_recent(h.recent),
-        capabilities=tuple(h.capabilities),
+        capabilities=_capabilities(h.capabilities),
     )
+
+
+def _capabilities(names: Sequence[str]) -> tuple[str, ...]:
+    _at_most(len(names), "a number of capabilities:", MAX_CAPABILITIES)
+    _at_most(max(map(len, names), default=0), "the length of a capability:", MAX_NAME)
+    return tuple(names)
 
 
 def _state_offer(o: pb.StateOffer) -> m.StateOffer:
@@ -380,9 +428,9 @@ def _state_offer(o: pb.StateOffer) -> m.StateOffer:
         lineage=_lineage(o.lineage),
         inclusion=_inclusion(o.inclusion),
         recent=_recent(o.recent),
-        members=o.members,
+        members=_at_most(o.members, "a number of members:"),
         config=config_from_pb(o.config),
-        elapsed_s=o.elapsed_s,
+        elapsed_s=_time(o.elapsed_s, "a run time"),
     )
 
 
@@ -393,8 +441,8 @@ _FROM_WORKER: dict[str, Callable[[Any], m.WorkerMessage]] = {
     "vector": _vector,
     "ready": lambda r: m.Ready(_position(r.position)),
     "refresh": lambda r: m.Refresh(r.round),
-    "stop_run": lambda s: m.StopRun(s.why[:500]),
-    "leave": lambda x: m.Leave(_reason(x.reason), x.detail[:500]),
+    "stop_run": lambda s: m.StopRun(_text(s.why)),
+    "leave": lambda x: m.Leave(_reason(x.reason), _text(x.detail)),
     "state_offer": _state_offer,
 }
 

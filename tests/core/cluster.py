@@ -325,7 +325,7 @@ class Cluster:
             start,
             np.random.default_rng([self.seed, len(self.workers) + 1]),
             stats,
-            local_steps=self.config.local_steps,
+            local_steps=2 if self.config.local_steps is None else self.config.local_steps,  # there is no clock here
             overlap_steps=self.config.overlap_steps,
             observer=observer,
             progress=np.zeros(d),

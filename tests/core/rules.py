@@ -9,8 +9,7 @@ import pytest
 from chaos import Chaos
 
 from loscar_core import server_machine, worker_engine, worker_ledger
-from loscar_core.messages import Answer, Hello, Welcome
-from loscar_core.plan import RoundPlan
+from loscar_core.messages import Answer, Hello
 from loscar_core.server_machine import ServerMachine
 from loscar_core.server_recovery import Choice, Claim
 from loscar_core.state import Included, Lineage

@@ -43,11 +43,13 @@ SERVER_MESSAGES = typing.get_args(m.ServerMessage)
 # --- one strategy for every dataclass -----------------------------------------------------------------------
 
 U32 = st.integers(0, (1 << 32) - 1)
-U64 = st.one_of(st.integers(0, 200), st.integers(0, (1 << 64) - 1))
+U62 = st.one_of(st.integers(0, 200), st.integers(0, 1 << 62))
 NARROW = {"protocol_version", "slot", "part", "checksum", "vector_checksum", "digest", "local_steps", "overlap_steps"}
 NARROW |= {"waiting_for", "frozen_checksum"}
 FLOATS = st.floats(allow_nan=False)
+TIMES = st.floats(0, 1e10)
 TEXT = st.text(max_size=20)
+LINES = st.text(max_size=20).filter(str.isprintable)
 
 
 def layouts() -> st.SearchStrategy[Layout]:
@@ -65,7 +67,8 @@ def layouts() -> st.SearchStrategy[Layout]:
 
 
 def lineages() -> st.SearchStrategy[Lineage]:
-    spans = st.lists(st.tuples(U64, U64), max_size=4)
+    grown = U62.map(lambda number: max(1, number))
+    spans = st.lists(st.tuples(grown, grown), max_size=4)
     return spans.map(lambda s: Lineage(tuple(zip(*(sorted(set(x)) for x in zip(*s, strict=True)), strict=False))))
 
 
@@ -100,7 +103,7 @@ def fields_of(kind: type, special: dict[str, st.SearchStrategy[Any]]) -> dict[st
 def of_type(hint: Any, name: str = "") -> st.SearchStrategy[Any]:
     """Values of a field, from its type and, for the width of integers, its name."""
     made: dict[Any, st.SearchStrategy[Any]] = {
-        int: U32 if name in NARROW else U64,
+        int: U32 if name in NARROW else U62,
         float: FLOATS,
         bool: st.booleans(),
         str: TEXT,
@@ -114,7 +117,7 @@ def of_type(hint: Any, name: str = "") -> st.SearchStrategy[Any]:
     if hint is RunConfig:
         return configs()
     if hint is Included:
-        return st.builds(Included, U64, st.integers(0, 1 << 300))
+        return st.builds(Included, U62, st.integers(0, 1 << 300))
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return st.one_of([of_type(a, name) for a in arguments])
@@ -133,6 +136,14 @@ def of_type(hint: Any, name: str = "") -> st.SearchStrategy[Any]:
 def message(kind: type) -> st.SearchStrategy[Any]:
     """Any valid instance of a message, or of one of its pieces."""
     special: dict[str, st.SearchStrategy[Any]] = {}
+    if kind is RoundPlan:
+        special = {"count": st.integers(0, 1 << 40)}
+    if kind is m.WorkerReport:
+        special = {"idle_s": TIMES, "run_s": TIMES}
+    if kind is m.StateOffer:
+        special = {"elapsed_s": TIMES}
+    if kind in (m.StopRun, m.Leave):
+        special = {"why" if kind is m.StopRun else "detail": LINES}
     if kind is m.Hello:
         special = {"protocol_version": st.just(PROTOCOL_VERSION)}
     if kind is m.Welcome:
@@ -141,7 +152,7 @@ def message(kind: type) -> st.SearchStrategy[Any]:
     if kind is m.Commit:
         # The next plan's number is left out on the wire: it follows from the committed round's.
         def numbered(commit: m.Commit) -> m.Commit:
-            round_ = min(commit.round, (1 << 64) - 2)
+            round_ = min(commit.round, (1 << 62) - 1)
             return dataclasses.replace(commit, round=round_, plan=dataclasses.replace(commit.plan, round=round_ + 1))
 
         return built.map(numbered)

@@ -1,0 +1,72 @@
+"""Tasks that start fast: made-up data, and an optimizer that does not import torch's compiler."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loscar_worker.tasks.base import ArrayDataset, Task
+
+
+class PlainSgd:
+    """p ← p − lr · gradient, and nothing else."""
+
+    def __init__(self, parameters: list[nn.Parameter], lr: float) -> None:
+        self._parameters = parameters
+        self._lr = lr
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for p in self._parameters:
+            if p.grad is not None:
+                p -= self._lr * p.grad
+
+    def zero_grad(self) -> None:
+        for p in self._parameters:
+            p.grad = None
+
+
+class Tiny(Task):
+    """Three classes in twelve dimensions."""
+
+    hidden = 16
+    normalised = False
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(1)
+        inputs = torch.randn(400, 12, generator=generator)
+        targets = inputs[:, :3].argmax(1)
+        train = ArrayDataset(inputs[:300], targets[:300])
+        super().__init__("tiny", train, ArrayDataset(inputs[300:], targets[300:]), batch_size=8, lr=0.1)
+
+    def build_model(self) -> nn.Module:
+        norm = [nn.BatchNorm1d(self.hidden)] if self.normalised else []
+        return nn.Sequential(nn.Linear(12, self.hidden), *norm, nn.ReLU(), nn.Linear(self.hidden, 3))
+
+    def make_optimizer(self, model: nn.Module) -> Any:
+        return PlainSgd([p for p in model.parameters() if p.requires_grad], self.lr)
+
+
+class Other(Tiny):
+    """The same data, another model."""
+
+    hidden = 17
+
+
+class Normalised(Tiny):
+    """With running statistics."""
+
+    normalised = True
+
+
+class Diverging(Tiny):
+    """NaN after a few steps."""
+
+    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return super().loss(model, batch) * 1e30
+
+
+def broken() -> Tiny:
+    raise OSError("the factory's own trouble")
