@@ -30,7 +30,7 @@ from google.protobuf.message import DecodeError
 
 from loscar_core import effects as fx
 from loscar_core import plan
-from loscar_core import worker_engine as we
+from loscar_core import worker_effects as we
 from loscar_core.config import FinalRound, RunConfig, ServerLimits
 from loscar_core.errors import LoscarError
 from loscar_core.layout import Layout, Segment
@@ -39,6 +39,7 @@ from loscar_core.robust import Aggregate
 from loscar_core.selection import SelectionKind
 from loscar_core.server_machine import ServerMachine
 from loscar_core.values import ValueType
+from loscar_core.worker_engine import WorkerEngine
 from loscar_wire._generated import parameter_server_pb2 as pb
 from loscar_wire.mapping import decode_server_message, decode_worker_message, encode_server_message
 from loscar_wire.mapping import encode_worker_message as encode
@@ -176,7 +177,7 @@ class Recorder:
     def __init__(self, which: int) -> None:
         self.target = Target(which)
         self.data = bytearray([which])
-        self.engines: dict[int, we.WorkerEngine] = {}
+        self.engines: dict[int, WorkerEngine] = {}
         self.open: dict[int, we.RoundOpen] = {}
         self.rng = np.random.default_rng(which)
 
@@ -189,12 +190,12 @@ class Recorder:
         self._frame(MESSAGE, peer, payload)
         self.target.message(peer, payload)
 
-    def join(self, peer: int, engine: we.WorkerEngine | None = None) -> None:
+    def join(self, peer: int, engine: WorkerEngine | None = None) -> None:
         layout = self.target.layout
         if engine is None:
             vector = self.rng.normal(size=layout.dimension).astype(np.float32)
             statistics = np.zeros(layout.statistics_size, np.float32)
-            engine = we.WorkerEngine(f"w{peer}", bytes([peer]) * 16, layout, vector, statistics, run_id=RUN)
+            engine = WorkerEngine(f"w{peer}", bytes([peer]) * 16, layout, vector, statistics, run_id=RUN)
         self.engines[peer] = engine
         self.up(peer, encode(engine.hello()))
         self.settle()
@@ -204,7 +205,7 @@ class Recorder:
         self.target.tick(quarters * 0.25)
         self.settle()
 
-    def lose(self, peer: int) -> we.WorkerEngine:
+    def lose(self, peer: int) -> WorkerEngine:
         self._frame(GONE, peer)
         self.target.gone(peer)
         engine = self.engines.pop(peer)
@@ -224,7 +225,7 @@ class Recorder:
                 self._frame(DRAINED, peer)
                 self.target.drained(peer)
 
-    def answered(self, peer: int, engine: we.WorkerEngine, message: ServerMessage) -> None:
+    def answered(self, peer: int, engine: WorkerEngine, message: ServerMessage) -> None:
         for effect in engine.received(message):
             match effect:
                 case we.Emit(reply):

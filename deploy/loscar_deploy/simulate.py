@@ -20,7 +20,8 @@ from loscar_core.config import RunConfig, ServerLimits
 from loscar_core.errors import ConfigError
 from loscar_core.messages import HeartbeatReply, ServerMessage, WorkerMessage
 from loscar_core.replica import Floats
-from loscar_core.server_machine import Phase, ServerMachine
+from loscar_core.server_machine import ServerMachine
+from loscar_core.server_state import Phase
 from loscar_core.worker_engine import WorkerEngine
 from loscar_deploy.link import DirectionModel
 from loscar_deploy.link_spec import LinkSpec

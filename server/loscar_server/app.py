@@ -21,7 +21,8 @@ from loscar_core import effects as fx
 from loscar_core.config import RunConfig, ServerLimits
 from loscar_core.errors import InterruptedRunError, PortInUseError, ServerLostError, WrongRunError
 from loscar_core.saved_state import SavedState
-from loscar_core.server_machine import Phase, ServerMachine
+from loscar_core.server_machine import ServerMachine
+from loscar_core.server_state import Phase
 from loscar_core.state import Position
 from loscar_server.checkpoint import Checkpoints
 from loscar_server.events import EventLog

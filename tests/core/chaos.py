@@ -16,7 +16,7 @@ from cluster import Cluster, SimWorker
 from loscar_core.config import RunConfig, ServerLimits
 from loscar_core.errors import LoscarError, RefusedError, SupersededError, WrongRoundError
 from loscar_core.selection import SelectionKind
-from loscar_core.server_machine import Phase
+from loscar_core.server_state import Phase
 from loscar_core.values import ValueType
 
 

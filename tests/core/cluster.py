@@ -20,17 +20,19 @@ import numpy as np
 from book import Book, Node, Taken
 
 from loscar_core import effects as fx
-from loscar_core import worker_engine as we
+from loscar_core import worker_effects as we
 from loscar_core.config import RunConfig, ServerLimits
 from loscar_core.errors import LoscarError, WrongRoundError
 from loscar_core.layout import Layout, Segment
 from loscar_core.merge import MergeKind, merge
 from loscar_core.messages import Goodbye, Purpose, ServerMessage, VectorChunk, WorkerMessage
 from loscar_core.plan import RoundKind
-from loscar_core.server_machine import Phase, ServerMachine
+from loscar_core.server_machine import ServerMachine
 from loscar_core.server_members import MemberState
 from loscar_core.server_round import ServerRound
+from loscar_core.server_state import Phase
 from loscar_core.worker_cycle import Action, Cycle, Situation
+from loscar_core.worker_engine import WorkerEngine
 
 RUN = b"r" * 16
 
@@ -74,7 +76,7 @@ class SimWorker:
     """A worker whose model is a vector and whose training is adding random steps."""
 
     name: str
-    engine: we.WorkerEngine
+    engine: WorkerEngine
     live: np.ndarray
     rng: np.random.Generator
     statistics: np.ndarray
@@ -316,9 +318,7 @@ class Cluster:
         start = np.random.default_rng(self.seed * 1000 if seed is None else seed).normal(size=d).astype(np.float32)
         stats = np.zeros(self.layout.statistics_size, np.float32)
         incarnation = f"{name}-{len(self.workers)}".encode().ljust(16, b".")
-        engine = we.WorkerEngine(
-            name, incarnation, self.layout, start.copy(), stats.copy(), slot=slot, observer=observer
-        )
+        engine = WorkerEngine(name, incarnation, self.layout, start.copy(), stats.copy(), slot=slot, observer=observer)
         worker = SimWorker(
             name,
             engine,

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
 import pytest
 from chaos import Chaos
 
-from loscar_core import server_machine, worker_engine, worker_ledger
-from loscar_core.messages import Answer, Hello
+from loscar_core import server_lifecycle
+from loscar_core.messages import Answer
 from loscar_core.server_machine import ServerMachine
 from loscar_core.server_recovery import Choice, Claim
 from loscar_core.state import Included, Lineage
-from loscar_core.worker_engine import Update, WorkerEngine
+from loscar_core.worker_effects import Update
+from loscar_core.worker_engine import WorkerEngine
+from loscar_core.worker_holdings import Receiving
 from loscar_core.worker_ledger import Ledger, Record
 
 KILLS = Chaos(cut=0.004, kill=0.0012, kills=6)
@@ -84,7 +85,7 @@ def no_majority(patch: pytest.MonkeyPatch) -> Chaos:
         holders = [c for c in claims if c.position.round > 0]
         return Choice(holders[0].peer, holders[0].position, holders[0].digest, 1, False) if holders else None
 
-    patch.setattr(server_machine, "choose", first)
+    patch.setattr(server_lifecycle, "choose", first)
     return KILLS
 
 
@@ -92,7 +93,7 @@ def taken_again(patch: pytest.MonkeyPatch) -> Chaos:
     """Off: a contribution is never re-taken. After a break the worker takes another one for the same round."""
     announce = WorkerEngine._announce
 
-    def forget(self: WorkerEngine, receiving: worker_engine._Receiving) -> None:
+    def forget(self: WorkerEngine, receiving: Receiving) -> None:
         record = self.ledger.in_flight(receiving.plan.round)
         if record is not None:
             self.ledger.decide(record, 0)
@@ -133,5 +134,3 @@ RULES: dict[str, Callable[[pytest.MonkeyPatch], Chaos]] = {
         own_slot,
     )
 }
-
-__all__ = ["RULES", "Hello", "np", "worker_ledger"]

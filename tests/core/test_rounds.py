@@ -14,7 +14,7 @@ from desk import RUN, Desk, incarnation, layout
 
 from loscar_core import effects as fx
 from loscar_core import plan as plan_module
-from loscar_core import server_catchup, server_round, worker_engine
+from loscar_core import server_catchup, server_round, worker_catchup, worker_holdings
 from loscar_core.config import FinalRound, RunConfig, ServerLimits
 from loscar_core.errors import (
     ConfigError,
@@ -55,11 +55,12 @@ from loscar_core.messages import (
 )
 from loscar_core.plan import RoundKind
 from loscar_core.selection import SelectionKind, select
-from loscar_core.server_machine import Phase
 from loscar_core.server_members import MemberState
+from loscar_core.server_state import Phase
 from loscar_core.state import Position
 from loscar_core.values import ValueType, decode, encode
-from loscar_core.worker_engine import Update, WorkerEngine
+from loscar_core.worker_effects import Update
+from loscar_core.worker_engine import WorkerEngine
 
 NARROW = [ValueType.BFLOAT16, ValueType.FLOAT16, ValueType.INT8]
 
@@ -70,10 +71,10 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan_module, "PART_POSITIONS", 3)
     monkeypatch.setattr(plan_module, "CHUNK_ALIGNMENT", 2)
     monkeypatch.setattr(plan_module, "MAX_PARTIAL_CATCH_UP", 10)
-    monkeypatch.setattr(worker_engine, "MESSAGE_BYTES", 1)
+    monkeypatch.setattr(worker_holdings, "MESSAGE_BYTES", 1)
     monkeypatch.setattr(server_round, "ANSWER_BYTES", 8)
     monkeypatch.setattr(server_catchup, "STREAM_VALUES", 7)
-    monkeypatch.setattr(worker_engine, "STREAM_VALUES", 7)
+    monkeypatch.setattr(worker_catchup, "STREAM_VALUES", 7)
 
 
 def cluster_of(n: int, *, seed: int = 0, schedule: int = 0, **config: Any) -> Cluster:

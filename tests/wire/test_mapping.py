@@ -18,15 +18,17 @@ from hypothesis import strategies as st
 
 from loscar_core import effects as fx
 from loscar_core import messages as m
-from loscar_core import worker_engine as we
+from loscar_core import worker_effects as we
 from loscar_core.config import PROTOCOL_VERSION, RunConfig, ServerLimits
 from loscar_core.errors import MalformedError, VersionMismatchError
 from loscar_core.layout import Layout, Segment
 from loscar_core.plan import PART_POSITIONS, RoundPlan
 from loscar_core.selection import SelectionKind
-from loscar_core.server_machine import Phase, ServerMachine
+from loscar_core.server_machine import ServerMachine
+from loscar_core.server_state import Phase
 from loscar_core.state import Included, Lineage, Position
 from loscar_core.values import ValueType
+from loscar_core.worker_engine import WorkerEngine
 from loscar_wire._generated import parameter_server_pb2 as pb
 from loscar_wire.mapping import (
     config_from_pb,
@@ -287,11 +289,11 @@ class MeteredRun:
         self.commit = 0
         self.opened: dict[int, we.RoundOpen] = {}
         self._queue: deque[tuple[int, bytes]] = deque()
-        self.engines: list[we.WorkerEngine] = []
+        self.engines: list[WorkerEngine] = []
         for slot in range(workers):
             start = np.zeros(dimension, np.float32)
             stats = np.ones(statistics, np.float32)
-            engine = we.WorkerEngine(f"w{slot}", slot.to_bytes(16, "big"), layout, start, stats, slot=slot)
+            engine = WorkerEngine(f"w{slot}", slot.to_bytes(16, "big"), layout, start, stats, slot=slot)
             if late:
                 anchor = engine.anchor
                 anchor.position, anchor.members = Position(LATE, LATE), workers

@@ -22,15 +22,8 @@ from torch import Tensor
 from loscar_core.errors import LoscarError, SessionFailedError
 from loscar_core.messages import Reason, WorkerReport
 from loscar_core.replica import Floats
-from loscar_core.worker_engine import (
-    Initialise,
-    ProgressWanted,
-    RoundOpen,
-    RunEnded,
-    Update,
-    WorkerEffect,
-    WorkerEngine,
-)
+from loscar_core.worker_effects import Initialise, ProgressWanted, RoundOpen, RunEnded, Update, WorkerEffect
+from loscar_core.worker_engine import WorkerEngine
 from loscar_core.worker_state import export_worker
 from loscar_worker.connection import Connection, ConnectionOptions
 from loscar_worker.loop import shared_loop

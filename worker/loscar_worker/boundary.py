@@ -19,7 +19,8 @@ from loscar_core.merge import MergeKind, RejoinKind, merge, projection
 from loscar_core.plan import RoundKind, RoundPlan
 from loscar_core.replica import Floats
 from loscar_core.worker_cycle import Action, Cycle, Situation
-from loscar_core.worker_engine import RunEnded, WorkerEngine
+from loscar_core.worker_effects import RunEnded
+from loscar_core.worker_engine import WorkerEngine
 from loscar_worker.background import Background, OpenRound, ReadyUpdate
 from loscar_worker.model import ModelView
 

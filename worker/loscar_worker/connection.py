@@ -25,7 +25,9 @@ from loscar_core.errors import (
     WrongRoundError,
 )
 from loscar_core.messages import Contribution, Goodbye, Heartbeat, Leave, Reason, StopRun, WorkerMessage, WorkerReport
-from loscar_core.worker_engine import MESSAGE_BYTES, Dismissed, Emit, RoundTrip, Update, WorkerEffect, WorkerEngine
+from loscar_core.worker_effects import Dismissed, Emit, RoundTrip, Update, WorkerEffect
+from loscar_core.worker_engine import WorkerEngine
+from loscar_core.worker_holdings import MESSAGE_BYTES
 from loscar_wire.mapping import decode_server_message, encode_worker_message
 from loscar_wire.outbox import Outbox
 from loscar_wire.status import from_status

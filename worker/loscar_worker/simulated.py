@@ -12,7 +12,8 @@ from typing import Any
 from loscar_core.merge import RejoinKind
 from loscar_core.messages import ServerMessage, StopRun, WorkerMessage, WorkerReport
 from loscar_core.worker_cycle import Action
-from loscar_core.worker_engine import Emit, WorkerEffect, WorkerEngine
+from loscar_core.worker_effects import Emit, WorkerEffect
+from loscar_core.worker_engine import WorkerEngine
 from loscar_worker.background import Background, Mailbox
 from loscar_worker.boundary import Pace, TrainingHalf
 from loscar_worker.model import ModelView

@@ -1,0 +1,241 @@
+"""How a run starts, is recovered, loses members, and ends."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from loscar_core.config import RunConfig
+from loscar_core.effects import Close, MemberGone, Notice, RunStarted
+from loscar_core.errors import LoscarError, MalformedError
+from loscar_core.messages import Goodbye, OpenRound, Purpose, Reason, SendState, StateOffer, VectorChunk
+from loscar_core.plan import RoundKind, end_plan
+from loscar_core.replica import Replica
+from loscar_core.server_catchup import StateTransfer
+from loscar_core.server_members import Member, MemberState
+from loscar_core.server_recovery import Claim, choose
+from loscar_core.server_sequence import Rounds
+from loscar_core.server_state import Phase
+from loscar_core.state import Position
+from loscar_core.values import ValueType
+
+
+class Lifecycle(Rounds):
+    """Everything that moves a run from one phase to another."""
+
+    # --- the start ------------------------------------------------------------------------------------------
+
+    def _try_start(self) -> None:
+        workers = self.members.workers()
+        if not workers or self.retired is not None:
+            return
+        if self.phase is Phase.WAITING and self._enough(len(workers)):
+            # One that has been given the run's initial model before, if there is one.
+            self._ask_for_state(min(workers, key=lambda m: (-m.hello.epoch, m.slot)), Purpose.INITIAL_MODEL)
+        elif self.phase is Phase.READYING:
+            ready = sum(m.ready for m in workers)
+            overdue = self._now >= self._last_join + max(self.limits.start_grace_s, self.limits.lease_s)
+            if (ready == len(workers) and self._enough(ready)) or (self._recovered and overdue and ready):
+                self._start()
+
+    def _enough(self, present: int) -> bool:
+        if self.limits.workers is not None and present >= self.limits.workers:
+            return True
+        if self.limits.workers is not None and not self._recovered:
+            return False
+        return self._now >= self._last_join + self._start_grace_s()
+
+    def _start_grace_s(self) -> float:
+        """How long to wait for others after the last join. Where a worker has met this run before, others may hold
+        a state of it: they are given more time before the run is begun anew."""
+        met_before = self.phase is Phase.WAITING and self._epochs_heard > 0
+        return max(self.limits.start_grace_s, self.limits.recover_after_s if met_before else 0.0)
+
+    def _ask_for_state(self, donor: Member, purpose: Purpose) -> None:
+        assert self.layout is not None
+        self.phase = Phase.TRANSFERRING
+        self._transfer = StateTransfer(donor.peer, self.layout.dimension, self.layout.statistics_size, purpose)
+        self._send(donor, SendState(purpose))
+
+    def _vector_chunk(self, member: Member, chunk: VectorChunk) -> None:
+        if chunk.purpose is Purpose.PROGRESS:
+            self._relay(member, chunk)
+            return
+        transfer = self._transfer
+        if transfer is None or transfer.peer != member.peer:
+            return  # no longer wanted: another donor was chosen meanwhile
+        if not transfer.add(chunk):
+            return
+        offer = transfer.offer
+        if offer is None:
+            self._take_over(transfer.replica(), None, 0.0)
+        else:
+            self._take_over(transfer.replica(), offer.config, max(offer.elapsed_s, 0.0))
+
+    def _take_over(self, state: Replica, config: RunConfig | None, elapsed_s: float) -> None:
+        """Make a state the run's: the initial one (without a configuration of its own), or a recovered one."""
+        self.replica = state
+        before, self.epoch = self.epoch, max(self._epochs_heard, state.position.epoch) + 1
+        if config is None:
+            state.position = Position(self.epoch, 0)
+        else:
+            own = self.config
+            self.config = replace(config, rounds=own.rounds, duration_s=own.duration_s, max_steps=own.max_steps)
+            self._elapsed_before = elapsed_s
+        self._transfer = None
+        self._checkpoint = None
+        self._claims.clear()
+        if self.config.value_type is not ValueType.FLOAT32:
+            self.residual = np.zeros(self.replica.vector.size, np.float32)
+        self.phase = Phase.READYING
+        self._last_join = self._now
+        for each in list(self.members.by_peer.values()):
+            if config is not None or self.epoch != before:
+                self._welcome(each)
+            try:
+                self._catch_up_from_hello(each)
+            except LoscarError as error:
+                self._refuse(each.peer, error)
+
+    def _start(self) -> None:
+        assert self.replica is not None
+        self._t0 = self._now
+        self.phase = Phase.RUNNING
+        last = self.replica.history.last(1)
+        final_done = any(e.plan.kind is RoundKind.FINAL for e in last)
+        plan = self._next_plan(self.replica.position.round + 1, final_done=final_done)
+        self._out.append(RunStarted(self.replica.position, len(self.members.workers()), self._elapsed_before))
+        self._open(plan)
+        self._announce(plan)
+
+    # --- recovery -------------------------------------------------------------------------------------------
+
+    @property
+    def _holders(self) -> list[int]:
+        """Streams of workers that have closed a round of this run."""
+        return [peer for peer, claim in self._claims.items() if claim.position.round > 0]
+
+    def _recover(self) -> None:
+        """A worker holds a state of this run: whatever was begun here without it is given up."""
+        self._out.append(Notice("workers hold a state of this run: recovering it"))
+        if self.replica is not None:
+            self._epochs_heard = max(self._epochs_heard, self.epoch)
+            for member in self.members.by_peer.values():
+                member.state, member.ready = MemberState.JOINING, False
+                member.following, member.stream = False, None
+                if member.hello.position.epoch > 0 and not member.observer:
+                    self._claims[member.peer] = Claim.of(member.peer, member.hello)
+        self.phase = Phase.RECOVERING
+        self._recovering_since = self._now
+        self._transfer = self.replica = self.residual = self.round = None
+        self._relays.clear()
+        self._t0 = None
+        self._elapsed_before = 0.0
+
+    def _try_adopt(self) -> None:
+        if self.retired is not None:
+            return
+        waited = self._now >= self._recovering_since + self.limits.recover_after_s
+        choice = choose(list(self._claims.values()), waited=waited)
+        saved = self._checkpoint
+        if saved is None and waited and choice is None:
+            self.phase = Phase.WAITING  # nobody came back who holds the state
+            if self.stop_reason is not None:
+                self._stop(self.stop_reason)
+            return
+        if saved is not None and (choice is None or _holds(saved.replica, choice.position, choice.digest)):
+            # With nobody's claim to compare with, the checkpoint counts once everybody is there.
+            fresh = not self._holders and len(self.members) > 0 and self._enough(len(self.members.workers()))
+            if choice is not None or fresh or (waited and len(self.members) > 0):
+                self._out.append(Notice(f"going on from the checkpoint at {saved.replica.position}"))
+                self._take_over(saved.replica, saved.config, saved.elapsed_s)
+                if self.residual is not None and saved.residual is not None:
+                    self.residual[:] = saved.residual
+            return
+        if choice is None:
+            return
+        majority = "" if choice.by_majority else ", which is no majority"
+        self._out.append(Notice(f"adopting {choice.position}: {choice.vouchers} workers vouch for it{majority}"))
+        self._ask_for_state(self.members.by_peer[choice.peer], Purpose.ANCHOR)
+
+    def _state_offer(self, member: Member, offer: StateOffer) -> None:
+        transfer = self._transfer
+        if transfer is None or transfer.peer != member.peer:
+            return  # no longer wanted
+        claim = self._claims.get(member.peer)
+        if transfer.purpose is not Purpose.ANCHOR or transfer.offer is not None or claim is None:
+            raise MalformedError("a state that was not asked for")
+        if (offer.position, offer.digest) != (claim.position, claim.digest):
+            raise MalformedError(f"a state at {offer.position} where {claim.position} was claimed")
+        spans = offer.lineage.spans
+        if not spans or spans[-1][0] != offer.position.epoch or spans[-1][1] > offer.position.round:
+            raise MalformedError(f"a state at {offer.position} with the lineage {spans}")
+        if any(e.position.round > offer.position.round for e in offer.recent) or any(
+            entry.round > offer.position.round for entry in offer.inclusion.values()
+        ):
+            raise MalformedError(f"a state at {offer.position} that speaks of later rounds")
+        assert self.layout is not None
+        offer.config.count(self.layout.dimension)
+        transfer.offer = offer
+
+    # --- endings --------------------------------------------------------------------------------------------
+
+    def _stop(self, why: str) -> None:
+        if self.stop_reason is None:
+            self.stop_reason = why
+            self._out.append(Notice(f"ending the run: {why}"))
+        recovering = self.phase is Phase.RECOVERING or self._adopting or self._recovered
+        if self.phase not in (Phase.RUNNING, Phase.FINISHED):
+            if recovering and self.members.workers():
+                return  # they hold a run: it is recovered first, and then ends as it should
+            self._finish(why)
+            self._transfer = None
+            for member in list(self.members.by_peer.values()):
+                if self.replica is None:
+                    self._dismiss(member, Reason.FINISHED, why)
+                elif member.following:
+                    self._send(member, OpenRound(end_plan(self.replica.position.round + 1), self.elapsed_s(self._now)))
+        self._advance()
+
+    def _refuse(self, peer: int, error: LoscarError) -> None:
+        key = type(error).__name__
+        self.refused[key] = self.refused.get(key, 0) + 1
+        self._out.append(Close(peer, error=error))
+        member = self.members.by_peer.get(peer)
+        if member is not None:
+            self._remove(member, Reason.REFUSED, str(error))
+
+    def _remove(self, member: Member, reason: Reason, detail: str) -> None:
+        """Forget a member; the open round does not wait for it any more."""
+        self.members.remove(member, reason, detail, self._now)
+        if self._claims.pop(member.peer, None) is not None and not self._holders:
+            self._recovering_since = self._now  # it may come back
+        self._relays.pop(member.peer, None)
+        if self.round is not None and self.round.slots.get(member.slot) == member.incarnation:
+            self.round.forget_unfinished(member.slot)
+        self._out.append(MemberGone(self.members.departures[-1]))
+        if self._transfer is not None and self._transfer.peer == member.peer:
+            recovering = self._adopting or self._checkpoint is not None
+            self._transfer = None
+            self.phase = Phase.RECOVERING if recovering else Phase.WAITING
+            if recovering:
+                self._try_adopt()
+        if not self.members.workers() and self.phase is Phase.WAITING:
+            self.layout = None  # nobody is left who could have meant that model
+        if not self.members.workers() and self.stop_reason is not None:
+            self._stop(self.stop_reason)
+        self._try_start()
+        self._advance()
+
+    def _dismiss(self, member: Member, reason: Reason, detail: str) -> None:
+        self._remove(member, reason, detail)
+        self._out.append(Close(member.peer, goodbye=Goodbye(reason, detail)))
+
+
+def _holds(state: Replica, position: Position, digest: int) -> bool:
+    """Whether a state goes on from a point that somebody holds, or is it; the longest past is judged by its epoch."""
+    known = state.digest_at(position)
+    if known is not None:
+        return known == digest
+    return position.round < state.position.round and state.lineage.epoch_of(position.round) == position.epoch

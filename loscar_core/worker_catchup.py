@@ -1,0 +1,182 @@
+"""Being brought to a state by value, and handing one over."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from loscar_core.config import RunConfig
+from loscar_core.errors import MalformedError
+from loscar_core.messages import CatchUp, Purpose, Ready, StateOffer, VectorChunk
+from loscar_core.plan import RoundKind, missed_coordinates
+from loscar_core.replica import Floats, Indices
+from loscar_core.server_catchup import RECENT_SENT, STREAM_VALUES
+from loscar_core.state import InclusionTable
+from loscar_core.values import require_finite
+from loscar_core.worker_effects import Emit, Initialise, ProgressWanted, Update, WorkerEffect
+from loscar_core.worker_holdings import CatchingUp
+from loscar_core.worker_rounds import WorkerRounds
+
+
+class WorkerCatchUp(WorkerRounds):
+    """Vectors that arrive, vectors that are asked for, and what of this worker's own is in a new state."""
+
+    def _catch_up(self, message: CatchUp) -> None:
+        config = self._configured()
+        self._receiving = None
+        self.plan = None
+        self._refreshing = False
+        dimension = self.anchor.vector.size
+        indices = None if message.full else missed_coordinates(config.seed, dimension, message.plans)
+        if indices is None and not message.full:
+            raise MalformedError("a partial catch-up over more coordinates than are sent in one go")
+        size = dimension if indices is None else indices.size
+        nothing = indices is not None and not message.plans
+        values = np.empty(0 if nothing else size + self.anchor.statistics.size, np.float32)
+        self._catching_up = CatchingUp(message, indices, values)
+        if nothing:
+            self._caught_up()
+
+    def _vector_chunk(self, chunk: VectorChunk) -> None:
+        if chunk.purpose is Purpose.PROGRESS:
+            self._progress_chunk(chunk)
+            return
+        state = self._catching_up
+        if state is None or chunk.purpose is not Purpose.CATCH_UP or chunk.total != state.values.size:
+            raise MalformedError("values that were not announced")
+        values = _floats(chunk)
+        if chunk.offset != state.filled or values.size > state.values.size - state.filled:
+            raise MalformedError(f"catch-up values at {chunk.offset}; {state.filled} was next")
+        require_finite(values, "the catch-up")
+        state.values[state.filled : state.filled + values.size] = values
+        state.filled += values.size
+        if state.filled == state.values.size:
+            self._caught_up()
+
+    def _caught_up(self) -> None:
+        """The values are whole: move the anchor, settle the ledger, tell the model and the server."""
+        state, anchor = self._catching_up, self.anchor
+        assert state is not None
+        self._catching_up = None
+        told, indices = state.announcement, state.indices
+        if indices is None or told.digest == self._claimed_digest:
+            self._refresh_due = False
+        size = anchor.vector.size if indices is None else indices.size
+        statistics = state.values[size:].copy() if state.values.size else None
+        before = anchor.position.round
+        if state.values.size == 0:
+            old = new = np.empty(0, np.float32)
+        elif indices is None:
+            old, new = anchor.vector, state.values[:size]
+            anchor.vector = new.copy()  # the next commits change it while the update still waits
+        else:
+            old, new = anchor.vector.take(indices), state.values[:size]
+            anchor.vector[indices] = new
+        if statistics is not None:
+            anchor.statistics = statistics
+        anchor.position, anchor.digest, anchor.lineage = told.position, told.digest, told.lineage
+        anchor.inclusion = InclusionTable(told.inclusion)
+        anchor.members = told.members
+        anchor.history.clear()
+        for entry in told.recent:
+            anchor.history.append(entry)
+        if not self.initialised:
+            self.initialised = True
+            self._out.append(Initialise(anchor.vector.copy(), anchor.statistics))
+        else:
+            full_cycle = size_of_cycle(self._configured(), anchor.vector.size)
+            long_absence = told.position.round - before > full_cycle
+            self._settle(indices, old, new, statistics, long_absence)
+        self._out.append(Emit(Ready(anchor.position)))
+        if self._receiving is not None:
+            self._announce(self._receiving)
+        elif self.plan is not None and self.plan.kind is RoundKind.END:
+            self._end()
+
+    def _settle(
+        self, indices: Indices | None, old: Floats, new: Floats, statistics: Floats | None, long_absence: bool
+    ) -> None:
+        """Move the model with the anchor; then subtract, or add back, what of this worker's contributions the
+        caught-up state has or no longer has."""
+        anchor = self.anchor
+        waiting = [r for r in self.ledger.all() if not r.decided]
+        todo = self.ledger.resolve(anchor.inclusion.of(self.incarnation), anchor.position.round, anchor.lineage)
+        settled = max((r.plan.round for r in waiting if r.decided), default=None)
+        if new.size or settled is not None:
+            moved = indices if new.size else np.empty(0, np.int64)
+            self._out.append(Update(0, moved, old, new, None, statistics, settled, None, long_absence))
+        for record, subtract, add_back in todo:
+            values = anchor.vector.take(record.indices)
+            for mask, give_back in ((subtract, False), (add_back, True)):
+                sent = record.masked(mask)
+                if sent is not None:
+                    sent = -sent if give_back else sent
+                    self._out.append(Update(0, record.indices, values, values, sent, None, None, None))
+
+    def _send_state(self, purpose: Purpose) -> None:
+        """Hand the anchor over: as the initial model, or to a server that lost its state."""
+        anchor = self.anchor
+        if purpose is Purpose.PROGRESS:
+            self._out.append(ProgressWanted())
+            return
+        if purpose is Purpose.ANCHOR:
+            config = self._configured()
+            self._out.append(
+                Emit(
+                    StateOffer(
+                        position=anchor.position,
+                        digest=self._claimed_digest,
+                        lineage=anchor.lineage,
+                        inclusion=anchor.inclusion.entries(),
+                        recent=anchor.history.last(RECENT_SENT),
+                        members=anchor.members,
+                        config=config,
+                        elapsed_s=max(self.elapsed_s, 0.0),
+                    )
+                )
+            )
+        total = anchor.vector.size + anchor.statistics.size
+        for start in range(0, total, STREAM_VALUES):
+            values = anchor.slice_by_value(None, start, min(start + STREAM_VALUES, total))
+            payload = values.astype("<f4", copy=False).tobytes()
+            self._out.append(Emit(VectorChunk(purpose, start, total, payload)))
+
+    def progress(self, values: Floats) -> list[WorkerEffect]:
+        """Send x − a to whoever asked for it; `values` is x, d float32, with every update so far merged."""
+        delta = values - self.anchor.vector
+        require_finite(delta, "the model's progress")
+        return [
+            Emit(VectorChunk(Purpose.PROGRESS, start, delta.size, delta[start : start + STREAM_VALUES].tobytes()))
+            for start in range(0, delta.size, STREAM_VALUES)
+        ]
+
+    def _progress_chunk(self, chunk: VectorChunk) -> None:
+        """A live worker's unsent progress: a newcomer starts where that worker is, not at the older consensus."""
+        size = self.anchor.vector.size
+        values = _floats(chunk)
+        if chunk.offset == 0:
+            self._progress = np.zeros(size, np.float32)
+            self._progress_filled = 0
+        if (
+            self._progress is None
+            or chunk.total != size
+            or chunk.offset != self._progress_filled
+            or values.size > size - chunk.offset
+        ):
+            raise MalformedError(f"a live worker's progress at {chunk.offset}; {self._progress_filled} was next")
+        require_finite(values, "a live worker's progress")
+        self._progress[chunk.offset : chunk.offset + values.size] = values
+        self._progress_filled += values.size
+        if self._progress_filled == size:
+            whole, self._progress = self._progress, None
+            self._out.append(Update(0, None, np.zeros(size, np.float32), whole, None, None, None, None))
+
+
+def _floats(chunk: VectorChunk) -> Floats:
+    if not chunk.values or len(chunk.values) % 4:
+        raise MalformedError(f"a vector chunk of {len(chunk.values)} bytes")
+    return np.frombuffer(chunk.values, "<f4")
+
+
+def size_of_cycle(config: RunConfig, dimension: int) -> int:
+    """Rounds in which every coordinate is sent once: 1/density."""
+    return -(-dimension // config.count(dimension))

@@ -1,0 +1,114 @@
+"""What a worker holds of a run, and the little that every part of the engine needs.
+
+The engine is one class in layers, each with one purpose; every layer may call those below it:
+
+    WorkerEngine     streams and messages           worker_engine.py
+    WorkerCatchUp    being brought to a state       worker_catchup.py
+    WorkerRounds     taking part in rounds          worker_rounds.py
+    WorkerHoldings   this module
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from loscar_core.config import RunConfig
+from loscar_core.errors import MalformedError
+from loscar_core.layout import Layout
+from loscar_core.messages import CatchUp, Welcome
+from loscar_core.plan import Part, RoundPlan
+from loscar_core.replica import Floats, Indices, Replica
+from loscar_core.worker_effects import WorkerEffect
+from loscar_core.worker_ledger import Ledger
+
+MESSAGE_BYTES = 1 << 18
+"""Default size of a contribution's messages; the connection lowers it on slow links."""
+
+
+@dataclass(slots=True)
+class Receiving:
+    """The open round's answer while it arrives."""
+
+    plan: RoundPlan
+    indices: Indices
+    checksum: int
+    parts: tuple[Part, ...]
+    delta: Floats
+    statistics: Floats
+    filled: list[int]
+    included: list[bytes]
+
+
+@dataclass(slots=True)
+class CatchingUp:
+    """A catch-up while its values arrive."""
+
+    announcement: CatchUp
+    indices: Indices | None
+    values: Floats
+    filled: int = 0
+
+
+class WorkerHoldings:
+    """The anchor, the ledger and what is arriving: see `WorkerEngine` for the arguments."""
+
+    def __init__(
+        self,
+        name: str,
+        incarnation: bytes,
+        layout: Layout,
+        vector: Floats,
+        statistics: Floats,
+        *,
+        run_id: bytes = b"",
+        slot: int | None = None,
+        observer: bool = False,
+    ) -> None:
+        self.name = name
+        self.incarnation = incarnation
+        self.layout = layout
+        self.run_id = run_id
+        self.wanted_slot = slot
+        self.observer = observer
+        self.anchor = Replica.initial(vector, statistics)
+        self.ledger = Ledger()
+        self.epoch = 0
+        self.slot = -1
+        self.welcome: Welcome | None = None
+        self.config: RunConfig | None = None
+        self.plan: RoundPlan | None = None
+        self.elapsed_s = -1.0
+        self.initialised = False
+        self.connected = False
+        self.message_bytes = MESSAGE_BYTES
+        self.bytes_up = 0
+        self.bytes_down = 0
+        self._roster: list[bytes | None] = []
+        self._own_slots: tuple[int, ...] = ()
+        self._opening = 0
+        self._receiving: Receiving | None = None
+        self._catching_up: CatchingUp | None = None
+        self._diverged = False  # the last commit that could be compared left the chain
+        self._refreshing = False  # nothing counts before the refresh that was asked for
+        self._refresh_due = False  # the anchor cannot be trusted before a full copy has arrived
+        self._progress: Floats | None = None
+        self._progress_filled = 0
+        self._out: list[WorkerEffect] = []
+
+    @property
+    def _claimed_digest(self) -> int:
+        """The anchor's digest; one that nobody shares while it waits for a refresh, which a new stream has to bring."""
+        return self.anchor.digest ^ 0xFFFFFFFF if self._refresh_due else self.anchor.digest
+
+    def _configured(self) -> RunConfig:
+        if self.config is None:
+            raise MalformedError("the first message of a server must be a welcome")
+        return self.config
+
+    def _set_roster(self, roster: list[bytes | None]) -> None:
+        self._roster = roster
+        self._own_slots = tuple(slot for slot, holder in enumerate(roster) if holder == self.incarnation)
+
+    def _flush(self) -> list[WorkerEffect]:
+        out, self._out = self._out, []
+        return out

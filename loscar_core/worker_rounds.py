@@ -1,0 +1,265 @@
+"""Taking part in rounds: announcing them, snapshots, answers, commits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from loscar_core.config import FinalRound
+from loscar_core.errors import MalformedError, NonFiniteError, ReplicaDivergedError
+from loscar_core.messages import Answer, Commit, Contribution, Ready, Refresh
+from loscar_core.plan import HISTORY_ROUNDS, HistoryEntry, RoundKind, RoundPlan, parts_of, slices
+from loscar_core.replica import Floats, Indices
+from loscar_core.selection import SelectionKind
+from loscar_core.state import InclusionTable, Position, bits
+from loscar_core.values import ValueType, decode, decode_into, encode, require_finite, value_count
+from loscar_core.worker_effects import Emit, RoundOpen, RunEnded, Update, WorkerEffect
+from loscar_core.worker_holdings import CatchingUp, Receiving, WorkerHoldings
+from loscar_core.worker_ledger import Record
+
+
+class WorkerRounds(WorkerHoldings):
+    """The open round, from its announcement to its commit."""
+
+    def _open(self, plan: RoundPlan, elapsed_s: float) -> None:
+        config = self._configured()
+        self.plan = plan
+        self.elapsed_s = elapsed_s
+        self._receiving = None
+        if self.ledger.opened(plan):
+            # The round was planned anew after a recovery: what was taken for it goes out later.
+            empty = np.empty(0, np.float32)
+            self._out.append(Update(0, np.empty(0, np.int64), empty, empty, None, None, plan.round, None))
+        if plan.kind is RoundKind.END:
+            if self._catching_up is None:
+                self._end()
+            return
+        dimension = self.anchor.vector.size
+        if plan.count > dimension:
+            raise MalformedError(f"round {plan.round} selects {plan.count} of {dimension} coordinates")
+        indices = plan.indices(config.seed, dimension)
+        parts = parts_of(indices.size, self.anchor.statistics.size)
+        self._receiving = Receiving(
+            plan,
+            indices,
+            plan.checksum(config.seed, dimension),
+            parts,
+            np.empty(indices.size, np.float32),
+            np.empty(self.anchor.statistics.size, np.float32),
+            [0] * len(parts),
+            [b""] * len(parts),
+        )
+        if self._catching_up is None:
+            self._announce(self._receiving)
+
+    def _end(self) -> None:
+        keep = self._configured().final_round is not FinalRound.DENSE
+        self._out.append(RunEnded(*(None, None) if keep else (self.anchor.vector, self.anchor.statistics)))
+
+    def _announce(self, receiving: Receiving) -> None:
+        """The open round can be taken part in; what was contributed to it on another stream is sent again."""
+        record = self.ledger.in_flight(receiving.plan.round)
+        if record is not None:
+            record.messages = tuple(replace(m, epoch=self.epoch) for m in record.messages)
+            record.epochs.add(self.epoch)
+            self._out.extend(Emit(m) for m in record.messages)
+        self._opening += 1
+        opened = RoundOpen(receiving.plan, receiving.indices, record is not None, self.elapsed_s, self._opening)
+        self._out.append(opened)
+
+    def snapshot(
+        self,
+        round_: int,
+        values: Floats,
+        statistics: Floats,
+        local_steps: int,
+        overlap_steps: int,
+        opening: int | None = None,
+    ) -> list[WorkerEffect] | None:
+        """Contribute to the open round.
+
+        Args:
+            round_: the round whose `RoundOpen` the snapshot follows.
+            values: x[S], K float32, taken after that `RoundOpen` with every update merged that came before it.
+            statistics: the model's statistics, float32.
+            local_steps, overlap_steps: see `Contribution`.
+            opening: of that `RoundOpen`. A caller that takes the values in another thread has to give it: the same
+                round may have been announced again meanwhile, on top of another state.
+
+        Returns:
+            The messages, or None when the round is not open any more (its update is on the way, or the
+            connection broke): the progress stays in x − a.
+
+        Raises:
+            NonFiniteError: the model holds NaN or infinity.
+        """
+        receiving = self._receiving
+        if receiving is None or receiving.plan.round != round_ or self._catching_up is not None:
+            return None
+        if opening is not None and opening != self._opening:
+            return None
+        if round_ in self.ledger.records:
+            return []  # taken already, and never again: what was sent then is resent as it was
+        plan, parts = receiving.plan, receiving.parts
+        delta = values - self.anchor.gather(plan, receiving.indices, 0, receiving.indices.size)
+        try:
+            require_finite(delta, "the model's progress")
+            require_finite(statistics, "the model's statistics")
+        except NonFiniteError as error:
+            raise NonFiniteError(f"round {round_}: {error}; nothing was sent") from None
+        sent = delta if plan.value_type is ValueType.FLOAT32 else np.empty_like(delta)
+        messages = []
+        for part in parts:
+            source = statistics if part.statistics else delta
+            kind = ValueType.FLOAT32 if part.statistics else plan.value_type
+            for offset, length in slices(part, self.message_bytes // kind.itemsize):
+                at = slice(part.start + offset, part.start + offset + length)
+                payload = encode(source[at], kind)
+                if not part.statistics and sent is not delta:
+                    sent[at] = decode(payload, kind, length)
+                first = part.index == 0 and offset == 0
+                messages.append(
+                    Contribution(
+                        self.epoch,
+                        round_,
+                        part.index,
+                        offset,
+                        payload,
+                        receiving.checksum,
+                        local_steps if first else 0,
+                        overlap_steps if first else 0,
+                    )
+                )
+        self.bytes_up += sum(len(m.values) for m in messages)
+        self.ledger.add(Record(plan, receiving.indices, sent, parts, tuple(messages), epochs={self.epoch}))
+        return [Emit(m) for m in messages]
+
+    def _answer(self, answer: Answer) -> None:
+        receiving = self._receiving
+        if answer.coding is not None or receiving is None or answer.round != receiving.plan.round:
+            raise MalformedError(f"an answer to round {answer.round}, which is not open")
+        if not 0 <= answer.part < len(receiving.parts):
+            raise MalformedError(f"an answer to part {answer.part} of {len(receiving.parts)}")
+        part = receiving.parts[answer.part]
+        kind = ValueType.FLOAT32 if part.statistics else receiving.plan.value_type
+        filled = receiving.filled[part.index]
+        count = value_count(kind, len(answer.values))
+        if answer.offset != filled or not 0 < count <= part.size - filled:
+            raise MalformedError(f"part {part.index}: {count} values at {answer.offset}; {filled} was next")
+        target = receiving.statistics if part.statistics else receiving.delta
+        start = part.start + filled
+        decode_into(answer.values, kind, target[start : start + count])
+        if filled == 0:
+            receiving.included[part.index] = answer.included
+        receiving.filled[part.index] = filled + count
+        self.bytes_down += len(answer.values)
+
+    def _commit(self, commit: Commit) -> None:
+        receiving = self._receiving
+        if receiving is None or commit.round != receiving.plan.round:
+            raise MalformedError(f"a commit of round {commit.round}, which is not open")
+        if any(f != p.size for f, p in zip(receiving.filled, receiving.parts, strict=True)):
+            raise MalformedError(f"round {commit.round} is committed before all of it was answered")
+        if self._catching_up is not None:
+            self._commit_while_catching_up(self._catching_up, receiving, commit)
+        else:
+            self._commit_in_order(receiving, commit)
+        if self._receiving is receiving:
+            self._receiving = None
+            self._open(commit.plan, commit.elapsed_ms / 1000)
+
+    def _commit_in_order(self, receiving: Receiving, commit: Commit) -> None:
+        plan, indices, anchor = receiving.plan, receiving.indices, self.anchor
+        old = anchor.gather(plan, indices, 0, indices.size)
+        new = receiving.delta
+        np.add(old, receiving.delta, out=new)
+        statistics = receiving.statistics if receiving.statistics.size else None
+        digest = anchor.next_digest(new, statistics)
+        if digest != commit.digest:
+            if self._diverged and not self._refresh_due:
+                raise ReplicaDivergedError(
+                    f"the replica left the digest chain again at round {commit.round}: "
+                    f"{digest:08x} where the server has {commit.digest:08x}"
+                )
+            self._receiving = None
+            self.plan = None
+            if not self._refresh_due:
+                self._out.append(Emit(Refresh(commit.round)))
+            self._diverged = self._refreshing = self._refresh_due = True
+            return
+        self._diverged = False
+        if plan.selection is SelectionKind.ALL:
+            old = old.copy()  # it was a view of what the commit overwrites
+        anchor.commit(
+            self.epoch,
+            plan,
+            indices,
+            new,
+            statistics,
+            digest,
+            receiving.included,
+            self._roster,
+            commit.members,
+        )
+        record = self.ledger.in_flight(plan.round)
+        mask, sent = 0, None
+        if record is not None:
+            mask = self._own_mask(receiving.included)
+            self.ledger.decide(record, mask, self.epoch)
+            sent = record.masked(mask)
+        if 2 * self._included_in(receiving) > commit.members:
+            self.ledger.forget_before(plan.round)
+        settles = plan.round if record is not None else None
+        self._out.append(Update(plan.round, _all_or(plan, indices), old, new, sent, statistics, settles, plan))
+        if mask != (1 << len(receiving.parts)) - 1 and not self.observer:
+            self._out.append(Emit(Ready(anchor.position)))  # it may have been given up on: wait for it again
+
+    def _commit_while_catching_up(self, state: CatchingUp, receiving: Receiving, commit: Commit) -> None:
+        """A round that was committed while the whole vector is streamed: patch what has arrived.
+
+        What has not arrived yet will hold the round already, so it may be patched too. The digest cannot be
+        checked before everything is there.
+        """
+        if state.indices is not None:
+            raise MalformedError("a commit in the middle of a partial catch-up")
+        plan, indices = receiving.plan, receiving.indices
+        with np.errstate(all="ignore"):  # values that have not arrived are arbitrary
+            if plan.selection is SelectionKind.ALL:
+                state.values[: indices.size] += receiving.delta
+            else:
+                state.values[indices] += receiving.delta
+        if receiving.statistics.size:
+            state.values[-receiving.statistics.size :] = receiving.statistics
+        told = state.announcement
+        table = InclusionTable(told.inclusion)
+        table.record(plan.round, receiving.included, self._roster)
+        position = Position(self.epoch, plan.round)
+        state.announcement = replace(
+            told,
+            position=position,
+            digest=commit.digest,
+            lineage=told.lineage.closed(position),
+            inclusion=table.entries(),
+            recent=(*told.recent, HistoryEntry(position, plan, commit.digest))[-HISTORY_ROUNDS:],
+            members=commit.members,
+        )
+
+    def _own_mask(self, included: Sequence[bytes]) -> int:
+        """Which parts of a round hold this worker's contribution. The roster decides, not the present slot: that may
+        have been another worker's when the round opened, and this worker's may have been another."""
+        mask = 0
+        for slot in self._own_slots:
+            byte, bit = divmod(slot, 8)
+            for index, bitmap in enumerate(included):
+                if byte < len(bitmap) and bitmap[byte] >> bit & 1:
+                    mask |= 1 << index
+        return mask
+
+    def _included_in(self, receiving: Receiving) -> int:
+        return min(len(bits(b)) for b in receiving.included)
+
+
+def _all_or(plan: RoundPlan, indices: Indices) -> Indices | None:
+    return None if plan.selection is SelectionKind.ALL else indices
