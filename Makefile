@@ -7,7 +7,7 @@ PROTO_TOOLS := grpcio-tools==1.72.1
 PROTO_VENV := .venv-proto
 GENERATED := proto/loscar_wire/_generated
 
-.PHONY: run test bench lint types proto clean
+.PHONY: run test bench fuzz soak lint types proto clean
 
 run: $(VENV)/worker.stamp
 	$(BIN)/loscar run $(ARGS)
@@ -22,6 +22,10 @@ test: $(VENV)/dev.stamp $(PROTO_VENV)/stamp
 bench: $(VENV)/worker.stamp
 	status=0; for script in cli_start.py session_overhead.py main_job.py "a9a.py --download"; do \
 		$(BIN)/python benchmarks/$$script || status=1; done; exit $$status
+
+# A million conversations with the server; guided by coverage where atheris has a wheel for this Python.
+fuzz: $(VENV)/fuzz.stamp
+	$(BIN)/python tests/fuzz $(ARGS)
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
@@ -44,6 +48,11 @@ $(VENV)/worker.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
 $(VENV)/dev.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@ $(VENV)/worker.stamp
+
+$(VENV)/fuzz.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --only-binary atheris --editable '.[fuzz]' \
+		&& touch $@ || echo 'atheris cannot be installed here: mutations from a seed instead' >&2
 
 $(PROTO_VENV)/stamp: Makefile
 	$(PYTHON) -m venv $(PROTO_VENV)

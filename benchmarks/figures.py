@@ -1,19 +1,21 @@
-"""The README's table of measured figures, made from benchmarks/results/.
+"""The tables of measured figures in README.md and docs/reproduction.md, made from benchmarks/results/.
 
-python benchmarks/figures.py            write it into README.md, between the two marks
-python benchmarks/figures.py --check    say whether it is up to date (exit status 1 when not)
+python benchmarks/figures.py            write them into the pages, between their marks
+python benchmarks/figures.py --check    say whether they are up to date (exit status 1 when not)
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).resolve().parent / "results"
 README = RESULTS.parent.parent / "README.md"
+REPRODUCTION = RESULTS.parent.parent / "docs" / "reproduction.md"
 BEGIN, END = "<!-- figures: made by benchmarks/figures.py -->", "<!-- end of figures -->"
 
 
@@ -92,17 +94,42 @@ def updated(text: str) -> str:
     return f"{before}{BEGIN}\n\n{figures()}\n{END}{after}"
 
 
+def claim_table(name: str) -> str:
+    """A claim's table and verdict in Markdown."""
+    path = RESULTS / f"{name}.json"
+    if not path.exists():
+        return "Not measured yet."
+    result = load(name)
+    headings, rows = result["table"]["headings"], result["table"]["rows"]
+    lines = [headings, ["---"] * len(headings), *rows]
+    verdict = "The target is met." if result["met"] else "**The target is missed.**"
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{verdict}"
+
+
+def with_claims(text: str) -> str:
+    """docs/reproduction.md's text with every claim's table replaced."""
+
+    def block(match: re.Match[str]) -> str:
+        return f"<!-- table: {match[1]} -->\n\n{claim_table(match[1])}\n\n<!-- end of table -->"
+
+    return re.sub(r"<!-- table: (\w+) -->.*?<!-- end of table -->", block, text, flags=re.DOTALL)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="compare instead of writing")
-    text = README.read_text(encoding="utf-8")
-    new = updated(text)
-    if not parser.parse_args().check:
-        README.write_text(new, encoding="utf-8")
-    elif new != text:
-        print("README.md's figures are out of date: run python benchmarks/figures.py", file=sys.stderr)
-        return 1
-    return 0
+    check = parser.parse_args().check
+    stale = []
+    for page, renew in ((README, updated), (REPRODUCTION, with_claims)):
+        text = page.read_text(encoding="utf-8")
+        new = renew(text)
+        if new != text and check:
+            stale.append(page.name)
+        elif new != text:
+            page.write_text(new, encoding="utf-8")
+    if stale:
+        print(f"figures are out of date in {', '.join(stale)}: run python benchmarks/figures.py", file=sys.stderr)
+    return 1 if stale else 0
 
 
 if __name__ == "__main__":

@@ -30,6 +30,14 @@ class Close:
 
 
 @dataclass(frozen=True, slots=True)
+class Refused:
+    """A stream broke a rule; the `Close` that ends it follows."""
+
+    peer: int
+    error: LoscarError
+
+
+@dataclass(frozen=True, slots=True)
 class MemberJoined:
     name: str
     slot: int
@@ -99,5 +107,14 @@ class Notice:
 
 
 ServerEffect = (
-    Send | Close | MemberJoined | MemberGone | RunStarted | RoundCommitted | RunFinished | SteppedDown | Notice
+    Send
+    | Close
+    | Refused
+    | MemberJoined
+    | MemberGone
+    | RunStarted
+    | RoundCommitted
+    | RunFinished
+    | SteppedDown
+    | Notice
 )

@@ -181,7 +181,7 @@ class WorkerFailedError(LoscarError):
 class InterruptedRunError(LoscarError):
     summary = "the run was forced to end"
     exit_code = 130
-    hint = "the run was forced to end; the run folder holds what was written until then"
+    hint = "a signal asked for it; what was written until then is kept"
 
 
 def all_errors() -> list[type[LoscarError]]:

@@ -47,7 +47,8 @@ class Segment:
         return prod(self.shape)
 
     def describe(self) -> str:
-        return f"{self.name} {self.dtype}[{'x'.join(map(str, self.shape)) or 'scalar'}]"
+        text = f"{self.name} {self.dtype}[{'x'.join(map(str, self.shape)) or 'scalar'}]"
+        return "".join(c if c.isprintable() else "?" for c in text)
 
 
 @dataclass(frozen=True)

@@ -49,13 +49,14 @@ def parse_aggregate(text: str) -> tuple[Aggregate, float]:
 def combine(kind: Aggregate, trim: float, contributions: Sequence[Floats]) -> Floats:
     """The coordinate-wise median or trimmed mean of some contributions, each of the same size; float32.
 
-    Absent members have no vote, other than in the plain mean, where they count as zero.
+    Absent members have no vote, other than in the plain mean, where they count as zero. A trimmed mean leaves out
+    ⌊n · trim⌋ values at each end: none while n < 1/trim.
     """
     stacked = np.stack(contributions)
     if kind is Aggregate.MEDIAN:
         median: Floats = np.median(stacked, axis=0).astype(np.float32)
         return median
-    cut = int(len(contributions) * trim)
+    cut = int(len(contributions) * trim + 1e-9)  # 100 · 0.29 is 29, which floating point falls short of
     stacked.sort(axis=0)
     kept = stacked[cut : len(contributions) - cut]
     mean: Floats = kept.mean(axis=0, dtype=np.float32)
@@ -81,7 +82,8 @@ class NormBound:
         Raises:
             MalformedError: it is beyond the bound; it is not noted.
         """
-        size = float(np.sqrt(np.dot(values, values) / values.size))
+        # In float64: squares of large and of tiny float32 values are none themselves.
+        size = float(np.sqrt(np.square(values, dtype=np.float64).mean()))
         if len(self._recent) >= NORM_SAMPLES_NEEDED:
             usual = float(np.median(self._recent))
             # A run that stands still has contributions of size 0: then nothing can be said of the others.

@@ -121,6 +121,8 @@ def restore(metadata: dict[str, Any], vector: Floats, statistics: Floats, residu
             replica.history.append(HistoryEntry(Position(epoch, round_), plan, digest))
         if vector.size != layout.dimension or statistics.size != layout.statistics_size:
             raise MalformedError(f"a saved state of {vector.size} values for a model of {layout.dimension}")
+        if residual is not None and residual.size != vector.size:
+            raise MalformedError(f"a residual of {residual.size} values for a model of {vector.size}")
         return SavedState(
             bytes.fromhex(metadata["run_id"]),
             metadata["epoch"],
@@ -130,5 +132,5 @@ def restore(metadata: dict[str, Any], vector: Floats, statistics: Floats, residu
             residual,
             metadata["elapsed_s"],
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise MalformedError(f"a saved state that does not make sense: {error!r}") from None

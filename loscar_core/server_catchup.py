@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from loscar_core.errors import MalformedError
+from loscar_core.errors import MalformedError, RefusedError
 from loscar_core.messages import CatchUp, Purpose, StateOffer, VectorChunk
 from loscar_core.plan import RoundPlan, missed_coordinates
 from loscar_core.replica import Floats, Replica
@@ -110,6 +110,7 @@ class StateTransfer:
 
         Raises:
             MalformedError, NonFiniteError: nothing was changed.
+            RefusedError: there is no memory for it.
         """
         if chunk.purpose is not self.purpose or (self.purpose is Purpose.ANCHOR and self.offer is None):
             raise MalformedError(f"a chunk of {chunk.purpose.name} where {self.purpose.name} was asked for")
@@ -122,7 +123,10 @@ class StateTransfer:
             raise MalformedError(f"a vector chunk of {values.size} values at {chunk.offset} of {self._size}")
         require_finite(values, "the model")
         if self._values is None:
-            self._values = np.empty(self._size, np.float32)
+            try:
+                self._values = np.empty(self._size, np.float32)
+            except MemoryError:
+                raise RefusedError(f"a model of {self._size} coordinates does not fit into this server") from None
         self._values[self._filled : self._filled + values.size] = values
         self._filled += values.size
         return self._filled == self._size

@@ -7,14 +7,14 @@ from dataclasses import replace
 import numpy as np
 
 from loscar_core.config import RunConfig
-from loscar_core.effects import Close, MemberGone, Notice, RunStarted
+from loscar_core.effects import Close, MemberGone, Notice, Refused, RunStarted
 from loscar_core.errors import LoscarError, MalformedError
-from loscar_core.messages import Goodbye, OpenRound, Purpose, Reason, SendState, StateOffer, VectorChunk
+from loscar_core.messages import Goodbye, Hello, OpenRound, Purpose, Reason, SendState, StateOffer, VectorChunk
 from loscar_core.plan import RoundKind, end_plan
 from loscar_core.replica import Replica
 from loscar_core.server_catchup import StateTransfer
 from loscar_core.server_members import Member, MemberState
-from loscar_core.server_recovery import Claim, choose
+from loscar_core.server_recovery import Choice, Claim, choose
 from loscar_core.server_sequence import Rounds
 from loscar_core.server_state import Phase
 from loscar_core.state import Position
@@ -32,10 +32,13 @@ class Lifecycle(Rounds):
             return
         if self.phase is Phase.WAITING and self._enough(len(workers)):
             # One that has been given the run's initial model before, if there is one.
-            self._ask_for_state(min(workers, key=lambda m: (-m.hello.epoch, m.slot)), Purpose.INITIAL_MODEL)
+            donor = min(workers, key=lambda m: (-m.hello.position.epoch, m.slot))
+            self._ask_for_state(donor, Purpose.INITIAL_MODEL)
         elif self.phase is Phase.READYING:
             ready = sum(m.ready for m in workers)
             overdue = self._now >= self._last_join + max(self.limits.start_grace_s, self.limits.lease_s)
+            if self._recovered and ready < self._majority:
+                return
             if (ready == len(workers) and self._enough(ready)) or (self._recovered and overdue and ready):
                 self._start()
 
@@ -51,6 +54,18 @@ class Lifecycle(Rounds):
         a state of it: they are given more time before the run is begun anew."""
         met_before = self.phase is Phase.WAITING and self._epochs_heard > 0
         return max(self.limits.start_grace_s, self.limits.recover_after_s if met_before else 0.0)
+
+    @property
+    def _any_will_do(self) -> bool:
+        """Who restarts the run's own server with its disk, or ends the run, or asks not to wait for a majority, means
+        it. Otherwise fewer may be the ones who were cut off, while the run goes on at another server."""
+        return self._resumed or self.stop_reason is not None or self.limits.recover_after_s == 0
+
+    @property
+    def _majority(self) -> int:
+        """How many workers it takes to go on with the state that is held here."""
+        assert self.replica is not None
+        return 1 if self._any_will_do else self.replica.members // 2 + 1
 
     def _ask_for_state(self, donor: Member, purpose: Purpose) -> None:
         assert self.layout is not None
@@ -71,11 +86,16 @@ class Lifecycle(Rounds):
         if offer is None:
             self._take_over(transfer.replica(), None, 0.0)
         else:
-            self._take_over(transfer.replica(), offer.config, max(offer.elapsed_s, 0.0))
+            self._take_over(transfer.replica(), offer.config, max(offer.elapsed_s, 0.0), sure=self._sure)
 
-    def _take_over(self, state: Replica, config: RunConfig | None, elapsed_s: float) -> None:
-        """Make a state the run's: the initial one (without a configuration of its own), or a recovered one."""
+    def _take_over(self, state: Replica, config: RunConfig | None, elapsed_s: float, *, sure: bool = False) -> None:
+        """Make a state the run's: the initial one (without a configuration of its own), or a recovered one.
+
+        Args:
+            sure: several workers, a majority, vouch for it.
+        """
         self.replica = state
+        self._provisional_until = self._now + (0.0 if sure else self.limits.recover_after_s)
         before, self.epoch = self.epoch, max(self._epochs_heard, state.position.epoch) + 1
         if config is None:
             state.position = Position(self.epoch, 0)
@@ -119,6 +139,7 @@ class Lifecycle(Rounds):
     def _recover(self) -> None:
         """A worker holds a state of this run: whatever was begun here without it is given up."""
         self._out.append(Notice("workers hold a state of this run: recovering it"))
+        self._said_too_few = False
         if self.replica is not None:
             self._epochs_heard = max(self._epochs_heard, self.epoch)
             for member in self.members.by_peer.values():
@@ -133,12 +154,43 @@ class Lifecycle(Rounds):
         self._t0 = None
         self._elapsed_before = 0.0
 
+    def _gives_way(self, hello: Hello) -> bool:
+        """Whether a worker holds another run than the one here, while this one is young and nobody vouched for it.
+
+        A fresh worker that was first at a restarted server has begun a run, say, or it went on from an old
+        checkpoint, or from what one lone worker held; now come those who hold the run that it was before.
+        """
+        state = self.replica
+        if state is None or self.phase is not Phase.RUNNING or self._now >= self._provisional_until:
+            return False
+        if hello.observer or hello.position.round == 0 or self.stop_reason is not None:
+            return False
+        known = [(state.digest_at(position), digest) for position, digest in Claim.of(0, hello).chain]
+        if any(ours is not None for ours, _ in known):
+            return all(ours != theirs for ours, theirs in known)
+        held = hello.position.round
+        return held > state.position.round or state.lineage.epoch_of(held) != hello.position.epoch
+
+    def _give_way(self) -> None:
+        """Start over with recovering; who took part here is asked again what it holds."""
+        self._recover()
+        for member in list(self.members.by_peer.values()):
+            self._dismiss(member, Reason.STEPPED_DOWN, "another state of this run has turned up")
+        self._claims.clear()
+
     def _try_adopt(self) -> None:
         if self.retired is not None:
             return
         waited = self._now >= self._recovering_since + self.limits.recover_after_s
-        choice = choose(list(self._claims.values()), waited=waited)
         saved = self._checkpoint
+        present = len(self.members.workers())
+        choice = choose(list(self._claims.values()), waited=waited, present=None if self._any_will_do else present)
+        if waited and choice is None and self._holders and saved is None:
+            if not self._said_too_few:
+                self._said_too_few = True
+                what = f"{present} workers are here, which is no majority of the run's"
+                self._out.append(Notice(f"{what}: the others may be at another server; waiting for more of them"))
+            return
         if saved is None and waited and choice is None:
             self.phase = Phase.WAITING  # nobody came back who holds the state
             if self.stop_reason is not None:
@@ -149,7 +201,7 @@ class Lifecycle(Rounds):
             fresh = not self._holders and len(self.members) > 0 and self._enough(len(self.members.workers()))
             if choice is not None or fresh or (waited and len(self.members) > 0):
                 self._out.append(Notice(f"going on from the checkpoint at {saved.replica.position}"))
-                self._take_over(saved.replica, saved.config, saved.elapsed_s)
+                self._take_over(saved.replica, saved.config, saved.elapsed_s, sure=_is_sure(choice))
                 if self.residual is not None and saved.residual is not None:
                     self.residual[:] = saved.residual
             return
@@ -157,6 +209,7 @@ class Lifecycle(Rounds):
             return
         majority = "" if choice.by_majority else ", which is no majority"
         self._out.append(Notice(f"adopting {choice.position}: {choice.vouchers} workers vouch for it{majority}"))
+        self._sure = _is_sure(choice)
         self._ask_for_state(self.members.by_peer[choice.peer], Purpose.ANCHOR)
 
     def _state_offer(self, member: Member, offer: StateOffer) -> None:
@@ -166,7 +219,7 @@ class Lifecycle(Rounds):
         claim = self._claims.get(member.peer)
         if transfer.purpose is not Purpose.ANCHOR or transfer.offer is not None or claim is None:
             raise MalformedError("a state that was not asked for")
-        if (offer.position, offer.digest) != (claim.position, claim.digest):
+        if (offer.position, offer.digest, max(1, offer.members)) != (claim.position, claim.digest, claim.members):
             raise MalformedError(f"a state at {offer.position} where {claim.position} was claimed")
         spans = offer.lineage.spans
         if not spans or spans[-1][0] != offer.position.epoch or spans[-1][1] > offer.position.round:
@@ -188,7 +241,9 @@ class Lifecycle(Rounds):
         recovering = self.phase is Phase.RECOVERING or self._adopting or self._recovered
         if self.phase not in (Phase.RUNNING, Phase.FINISHED):
             if recovering and self.members.workers():
-                return  # they hold a run: it is recovered first, and then ends as it should
+                # They hold a run: it is recovered first, by whoever is there, and then ends as it should.
+                self._try_adopt() if self.phase is Phase.RECOVERING else self._try_start()
+                return
             self._finish(why)
             self._transfer = None
             for member in list(self.members.by_peer.values()):
@@ -201,7 +256,7 @@ class Lifecycle(Rounds):
     def _refuse(self, peer: int, error: LoscarError) -> None:
         key = type(error).__name__
         self.refused[key] = self.refused.get(key, 0) + 1
-        self._out.append(Close(peer, error=error))
+        self._out += [Refused(peer, error), Close(peer, error=error)]
         member = self.members.by_peer.get(peer)
         if member is not None:
             self._remove(member, Reason.REFUSED, str(error))
@@ -231,6 +286,10 @@ class Lifecycle(Rounds):
     def _dismiss(self, member: Member, reason: Reason, detail: str) -> None:
         self._remove(member, reason, detail)
         self._out.append(Close(member.peer, goodbye=Goodbye(reason, detail)))
+
+
+def _is_sure(choice: Choice | None) -> bool:
+    return choice is not None and choice.by_majority and choice.vouchers > 1
 
 
 def _holds(state: Replica, position: Position, digest: int) -> bool:

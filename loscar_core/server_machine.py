@@ -12,6 +12,7 @@ from __future__ import annotations
 from loscar_core.config import PROTOCOL_VERSION
 from loscar_core.effects import Close, MemberJoined, Notice, ServerEffect, SteppedDown
 from loscar_core.errors import (
+    ConfigError,
     LoscarError,
     MalformedError,
     RefusedError,
@@ -96,6 +97,7 @@ class ServerMachine(Lifecycle):
         member = self.members.by_peer.get(peer)
         if member is not None and self.replica is not None:
             member.behind = 0
+            member.refreshed = False
             if member.stream is not None:
                 self._stream_on(member)
             elif not member.following:
@@ -151,7 +153,10 @@ class ServerMachine(Lifecycle):
         self._check_layout(hello)
         self.members.check(hello, self._now)
         self._check_epoch(hello)
+        self._check_deserted(hello)
         self._supersede(hello)
+        if self._gives_way(hello):
+            self._give_way()
         if self.layout is None and not hello.observer:
             self._set_layout(hello.layout)
         member = self.members.add(peer, hello, self._now)
@@ -185,7 +190,7 @@ class ServerMachine(Lifecycle):
         if len(hello.incarnation) != INCARNATION_BYTES:
             raise MalformedError(f"an incarnation of {len(hello.incarnation)} bytes")
         if not 0 < len(hello.name) <= 200 or not hello.name.isprintable():
-            raise MalformedError("a worker's name must be 1 to 200 printable characters")
+            raise ConfigError("a worker's name must be 1 to 200 printable characters")
 
     def _check_layout(self, hello: Hello) -> None:
         if self.layout is not None:
@@ -209,13 +214,30 @@ class ServerMachine(Lifecycle):
         """A worker that has met a later epoch: this server is the stale one, unless others say otherwise."""
         if self.retired is not None:
             raise WrongRoundError(self.retired)
-        if hello.epoch <= self.epoch or self._stateless:
+        if self._stateless or self._gives_way(hello):
             return
-        text = f"{hello.name} has met epoch {hello.epoch}; this server is in {self.epoch}"
+        held, state = hello.position, self.replica
+        if hello.epoch > self.epoch:
+            text = f"{hello.name} has met epoch {hello.epoch}; this server is in {self.epoch}"
+        elif state is not None and held.epoch == self.epoch and held.round > state.position.round:
+            # Another process has called itself by the same number: nobody can be ahead of this one.
+            text = f"{hello.name} holds {held} of another server; this one is at {state.position}"
+        else:
+            return
         if not self.members.workers():
             self.retired = text
             self._out.append(SteppedDown(text))
         raise WrongRoundError(text)
+
+    def _check_deserted(self, hello: Hello) -> None:
+        """Everybody was lost at once. Perhaps it is this server that was cut off, and the run goes on elsewhere: a
+        worker that does not know is sent to look there once, before it goes on with this one alone."""
+        if self.round is None or self.round.members < 2 or self.members.workers() or hello.observer:
+            return
+        lost = self.members.departures[-1].reason in (Reason.STREAM_CLOSED, Reason.LEASE_EXPIRED)
+        if lost and hello.epoch < self.epoch and hello.incarnation not in self._sent_on:
+            self._sent_on.append(hello.incarnation)
+            raise RefusedError("all workers of this server were lost at once: look at the other addresses first")
 
     def _supersede(self, hello: Hello) -> None:
         present = self.members.named(hello.name)
@@ -252,9 +274,7 @@ class ServerMachine(Lifecycle):
             case Ready():
                 self._ready(member, message.position)
             case Refresh():
-                if self.replica is not None:
-                    self._out.append(Notice(f"{member.name}: its replica diverged at round {message.round}"))
-                    self._catch_up(member, Lineage(), None)
+                self._refresh(member, message.round)
             case StateOffer():
                 self._state_offer(member, message)
             case StopRun():
@@ -263,6 +283,17 @@ class ServerMachine(Lifecycle):
                 self._dismiss(member, message.reason, message.detail)
             case _:
                 raise MalformedError(f"a worker does not send {type(message).__name__}")
+
+    def _refresh(self, member: Member, round_: int) -> None:
+        if self.replica is None:
+            return
+        if member.refreshed:
+            # It has not even been handed over what it was sent the last time: everything once more when it has.
+            member.following, member.stream, member.sent_round = False, None, 0
+            return
+        self._out.append(Notice(f"{member.name}: its replica diverged at round {round_}"))
+        self._catch_up(member, Lineage(), None)
+        member.refreshed = True
 
     def _ready(self, member: Member, position: Position) -> None:
         if member.observer or member.stream is not None or not member.following:

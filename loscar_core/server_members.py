@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from loscar_core.config import ServerLimits
-from loscar_core.errors import RefusedError, SupersededError
+from loscar_core.errors import ConfigError, RefusedError, SupersededError
 from loscar_core.messages import Hello, Reason, WorkerReport
 from loscar_core.replica import Indices
 
@@ -24,6 +24,7 @@ DEADLINE_FLOOR_S = 10.0
 
 CYCLE_SAMPLES = 16
 SUPERSEDED_REMEMBERED = 4096
+SPARE_SLOTS = 16
 
 
 class MemberState(StrEnum):
@@ -59,6 +60,7 @@ class Member:
         state: see the module.
         following: answers are being sent to it.
         behind: rounds committed since its outbox was last seen empty.
+        refreshed: it was sent everything because it had asked for that, since its outbox was last seen empty.
         sent_round: the last round whose commit was queued for it.
         merged_round: the last round that it says it has merged.
         ready: it holds what it was sent and may be waited for.
@@ -79,6 +81,7 @@ class Member:
     state: MemberState = MemberState.JOINING
     following: bool = False
     behind: int = 0
+    refreshed: bool = False
     sent_round: int = 0
     merged_round: int = 0
     ready: bool = False
@@ -87,7 +90,6 @@ class Member:
     cycles_s: deque[float] = field(default_factory=lambda: deque(maxlen=CYCLE_SAMPLES))
     missed: int = 0
     contributed: int = 0
-    refused: int = 0
     local_steps: int = 0
     overlap_steps: int = 0
     report: WorkerReport = field(default_factory=WorkerReport)
@@ -131,7 +133,8 @@ class MemberTable:
         self.by_peer: dict[int, Member] = {}
         self.departures: deque[Departure] = deque(maxlen=256)
         self.departure_counts: dict[Reason, int] = {}
-        self._reserved: dict[int, tuple[str, float]] = {}  # slot -> (name, until)
+        self._reserved: dict[int, tuple[str, float]] = {}  # slot -> (name, until), the longest absent first
+        self._most = 0  # members that there ever were at a time
         self._superseded: deque[bytes] = deque(maxlen=SUPERSEDED_REMEMBERED)
 
     def __len__(self) -> int:
@@ -154,6 +157,7 @@ class MemberTable:
         Raises:
             SupersededError: a newer incarnation of its name was here already.
             RefusedError: the server is full, or the wanted slot belongs to somebody else.
+            ConfigError: there is no such slot.
         """
         if hello.incarnation in self._superseded:
             raise SupersededError(f"a newer worker named {hello.name!r} has taken over")
@@ -162,7 +166,7 @@ class MemberTable:
             raise RefusedError(f"the server is full: {self._limits.max_members} members")
         if hello.slot is not None and not hello.observer:
             if not 0 <= hello.slot < self._limits.max_members:
-                raise RefusedError(f"slot {hello.slot} is outside 0..{self._limits.max_members - 1}")
+                raise ConfigError(f"slot {hello.slot} is outside 0..{self._limits.max_members - 1}")
             self._expire(now)
             holder = self._holder(hello.slot, hello.name)
             if holder is not None and hello.epoch == 0:
@@ -184,6 +188,7 @@ class MemberTable:
             self._reserved.pop(slot, None)
         member = Member(peer, hello, slot, heard_s=now, joined_s=now)
         self.by_peer[peer] = member
+        self._most = max(self._most, len(self.by_peer))
         return member
 
     def _slot_for(self, hello: Hello) -> int:
@@ -207,6 +212,9 @@ class MemberTable:
             self._superseded.append(member.incarnation)
         if not member.observer:
             self._reserved[member.slot] = (member.name, now + self._limits.slot_reserve_s)
+            # Bitmaps and rosters go by slots: they must not grow with every name that comes and goes.
+            while len(self._reserved) > self._most + SPARE_SLOTS:
+                del self._reserved[next(iter(self._reserved))]
         self.departures.append(Departure(member.name, member.slot, reason, detail, now))
         self.departure_counts[reason] = self.departure_counts.get(reason, 0) + 1
 

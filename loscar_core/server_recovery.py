@@ -9,6 +9,9 @@ A claim that is further but whose chain does not reach back to the majority's po
 worker which was cut off at a standby, or honest, and then it is the majority that was cut off. While somebody is
 missing, such a claim makes the server wait; otherwise it is refused. So neither a liar with a far position nor a lone
 worker moves the run. Once as many claim as the last round had members, there is nobody to wait for.
+
+After the wait fewer may vouch, but as many workers as make a majority have to be there, if only fresh ones: with fewer,
+the others may well be going on without us, at another server.
 """
 
 from __future__ import annotations
@@ -66,15 +69,16 @@ class Choice:
     by_majority: bool
 
 
-def choose(claims: list[Claim], *, waited: bool) -> Choice | None:
+def choose(claims: list[Claim], *, waited: bool, present: int | None = None) -> Choice | None:
     """Pick the anchor to adopt.
 
     Args:
         claims: one per worker that knows the run.
         waited: `--recover-after` has passed, so fewer than a majority may decide.
+        present: workers that are there, fresh ones included; None when it does not matter how many they are.
 
     Returns:
-        None while it is too early to decide, or when no worker has closed a round.
+        None while it is too early to decide, while too few are there, or when no worker has closed a round.
     """
     holders = [c for c in claims if c.position.round > 0]
     if not holders:
@@ -92,7 +96,10 @@ def choose(claims: list[Claim], *, waited: bool) -> Choice | None:
     elif missing:
         return None
     else:
-        base = max(points, key=lambda p: (vouchers[p], _by_round(p)))
+        enough = [p for p in points if present is None or present >= needed[p]]
+        if not enough:
+            return None
+        base = max(enough, key=lambda p: (vouchers[p], _by_round(p)))
     connected = [c for c in holders if base in c.chain]
     if missing and any(c.position.round > base[0].round for c in holders if c not in connected):
         return None

@@ -12,6 +12,7 @@ The machine is one class in layers, each with one purpose; every layer may call 
 
 from __future__ import annotations
 
+from collections import deque
 from enum import StrEnum
 
 from loscar_core.config import RunConfig, ServerLimits
@@ -64,6 +65,11 @@ class RunState:
         self._relays: dict[int, tuple[int, int]] = {}  # donor's stream -> (newcomer's, values relayed)
         self._epochs_heard = 0
         self._transfer: StateTransfer | None = None
+        self._provisional_until = now
+        """Until then the run here gives way to workers that hold another one: see `Lifecycle._gives_way`."""
+        self._sure = False  # several workers, a majority, vouch for the state that is being transferred
+        self._said_too_few = False
+        self._sent_on: deque[bytes] = deque(maxlen=64)  # incarnations that were asked to look elsewhere first
         self._elapsed_before = 0.0
         self._t0: float | None = None
         self._ended_at: float | None = None
@@ -73,6 +79,7 @@ class RunState:
         self._now = now
         self._out: list[ServerEffect] = []
         self._checkpoint = checkpoint
+        self._resumed = checkpoint is not None
         if checkpoint is not None:
             self.run_id = checkpoint.run_id
             self.layout = checkpoint.layout

@@ -86,6 +86,8 @@ class WorkerCatchUp(WorkerRounds):
             full_cycle = size_of_cycle(self._configured(), anchor.vector.size)
             long_absence = told.position.round - before > full_cycle
             self._settle(indices, old, new, statistics, long_absence)
+            if self._former_at_work:
+                self._settle_former(indices, told.base_round)
         self._out.append(Emit(Ready(anchor.position)))
         if self._receiving is not None:
             self._announce(self._receiving)
@@ -99,7 +101,8 @@ class WorkerCatchUp(WorkerRounds):
         caught-up state has or no longer has."""
         anchor = self.anchor
         waiting = [r for r in self.ledger.all() if not r.decided]
-        todo = self.ledger.resolve(anchor.inclusion.of(self.incarnation), anchor.position.round, anchor.lineage)
+        own = max((anchor.inclusion.of(i) for i in (self.incarnation, *self.formers)), key=lambda e: e.round)
+        todo = self.ledger.resolve(own, anchor.position.round, anchor.lineage)
         settled = max((r.plan.round for r in waiting if r.decided), default=None)
         if new.size or settled is not None:
             moved = indices if new.size else np.empty(0, np.int64)
@@ -111,6 +114,27 @@ class WorkerCatchUp(WorkerRounds):
                 if sent is not None:
                     sent = -sent if give_back else sent
                     self._out.append(Update(0, record.indices, values, values, sent, None, None, None))
+
+    def _settle_former(self, indices: Indices | None, base_round: int) -> None:
+        """After its state was saved, the process that saved it may have lived on and contributed: then nobody knows
+        what of the saved progress is in the consensus, and it is forgotten where it may be.
+
+        Args:
+            indices: what the missed rounds have selected, or None for everything.
+            base_round: the last round that the saved state and the present one share.
+        """
+        anchor, ledger = self.anchor, self.ledger
+        last = max(anchor.inclusion.of(i).round for i in self.formers)
+        known = ledger.records.get(last)
+        if last > base_round and (known is None or anchor.lineage.epoch_of(last) not in known.epochs):
+            outstanding = [r for r in ledger.all() if not r.decided]
+            for record in outstanding:
+                ledger.decide(record, 0)
+            ledger.records.clear()
+            ledger.superseded.clear()
+            self._forget(None if outstanding else indices)
+        if self.incarnation in self._roster:
+            self._former_at_work = False
 
     def _send_state(self, purpose: Purpose) -> None:
         """Hand the anchor over: as the initial model, or to a server that lost its state."""

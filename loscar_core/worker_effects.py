@@ -57,6 +57,7 @@ class Update:
         settles: round of this worker's snapshot that is hereby answered or given back, or None.
         plan: of the answered round, or None for a catch-up.
         long_absence: more rounds were missed than it takes to send every coordinate once.
+        forget: what the model has beyond the new values may be in them already: the model takes them as they are.
     """
 
     round: int
@@ -68,6 +69,7 @@ class Update:
     settles: int | None
     plan: RoundPlan | None
     long_absence: bool = False
+    forget: bool = False
 
 
 @dataclass(frozen=True, slots=True)

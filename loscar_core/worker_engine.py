@@ -126,8 +126,6 @@ class WorkerEngine(WorkerCatchUp):
         self.welcome = welcome
         self.slot = welcome.slot
         self._set_roster([i or None for i in welcome.roster])
-        if not welcome.recovering:
-            self.epoch = welcome.epoch
         if not (welcome.recovering and self.initialised):
             # A server that has lost its memory is told the run's configuration and time, it does not tell them.
             self.config = welcome.config
@@ -140,3 +138,5 @@ class WorkerEngine(WorkerCatchUp):
         roster += [None] * (message.slot + 1 - len(roster))
         roster[message.slot] = message.incarnation or None
         self._set_roster(roster)
+        if message.incarnation == self.incarnation and self._catching_up is None:
+            self._former_at_work = False  # the round that opens is this incarnation's

@@ -66,6 +66,8 @@ class WorkerHoldings:
     ) -> None:
         self.name = name
         self.incarnation = incarnation
+        self.formers: tuple[bytes, ...] = ()
+        """The incarnations whose saved states this worker goes on from, oldest first."""
         self.layout = layout
         self.run_id = run_id
         self.wanted_slot = slot
@@ -90,6 +92,7 @@ class WorkerHoldings:
         self._catching_up: CatchingUp | None = None
         self._diverged = False  # the last commit that could be compared left the chain
         self._refreshing = False  # nothing counts before the refresh that was asked for
+        self._former_at_work = False  # the open round, or one that was missed, may be a former one's
         self._refresh_due = False  # the anchor cannot be trusted before a full copy has arrived
         self._progress: Floats | None = None
         self._progress_filled = 0
@@ -106,8 +109,9 @@ class WorkerHoldings:
         return self.config
 
     def _set_roster(self, roster: list[bytes | None]) -> None:
+        own = (self.incarnation, *self.formers)
         self._roster = roster
-        self._own_slots = tuple(slot for slot, holder in enumerate(roster) if holder == self.incarnation)
+        self._own_slots = tuple(slot for slot, holder in enumerate(roster) if holder in own)
 
     def _flush(self) -> list[WorkerEffect]:
         out, self._out = self._out, []

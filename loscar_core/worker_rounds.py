@@ -25,6 +25,9 @@ class WorkerRounds(WorkerHoldings):
 
     def _open(self, plan: RoundPlan, elapsed_s: float) -> None:
         config = self._configured()
+        if self.welcome is not None:
+            # Not before: a server may have opened an epoch and never got a majority to go on with.
+            self.epoch = max(self.epoch, self.welcome.epoch)
         self.plan = plan
         self.elapsed_s = elapsed_s
         self._receiving = None
@@ -60,6 +63,8 @@ class WorkerRounds(WorkerHoldings):
 
     def _announce(self, receiving: Receiving) -> None:
         """The open round can be taken part in; what was contributed to it on another stream is sent again."""
+        if self._former_at_work:
+            return  # it is the former incarnation's, which may have contributed to it: the next one is ours
         record = self.ledger.in_flight(receiving.plan.round)
         if record is not None:
             record.messages = tuple(replace(m, epoch=self.epoch) for m in record.messages)
@@ -204,17 +209,26 @@ class WorkerRounds(WorkerHoldings):
             commit.members,
         )
         record = self.ledger.in_flight(plan.round)
-        mask, sent = 0, None
+        mask, sent = self._own_mask(receiving.included), None
         if record is not None:
-            mask = self._own_mask(receiving.included)
             self.ledger.decide(record, mask, self.epoch)
             sent = record.masked(mask)
         if 2 * self._included_in(receiving) > commit.members:
             self.ledger.forget_before(plan.round)
         settles = plan.round if record is not None else None
         self._out.append(Update(plan.round, _all_or(plan, indices), old, new, sent, statistics, settles, plan))
+        if self._former_at_work:
+            self._former_at_work = False
+            if record is None and mask:
+                self._forget(indices)
         if mask != (1 << len(receiving.parts)) - 1 and not self.observer:
             self._out.append(Emit(Ready(anchor.position)))  # it may have been given up on: wait for it again
+
+    def _forget(self, indices: Indices | None) -> None:
+        """The model gives up what it has beyond the anchor, on some coordinates or on all (None)."""
+        vector = self.anchor.vector
+        values = vector.copy() if indices is None else vector.take(indices)
+        self._out.append(Update(0, indices, values, values, None, None, None, None, forget=True))
 
     def _commit_while_catching_up(self, state: CatchingUp, receiving: Receiving, commit: Commit) -> None:
         """A round that was committed while the whole vector is streamed: patch what has arrived.

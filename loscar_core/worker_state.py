@@ -1,7 +1,9 @@
 """A worker's half of the run as it is saved and restored, so that a pre-empted worker comes back as itself.
 
-Same name, same incarnation: its contribution in flight is sent again byte for byte, and the inclusion table of the
-state that it meets decides what of it is in. Arrays are NumPy, everything else is JSON-ready.
+Same name, another incarnation: it knows which one it goes on from, and the inclusion table of the state that it meets
+decides what of that one's contributions is in. The process that saved the state may have lived on and contributed more;
+what of the saved progress went out with that is told by the table too, and forgotten (`WorkerCatchUp`).
+Arrays are NumPy, everything else is JSON-ready.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from loscar_core.worker_engine import WorkerEngine
 from loscar_core.worker_ledger import Record
 
 FORMAT = 1
+FORMERS_KEPT = 64
 
 
 def export_worker(engine: WorkerEngine) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
@@ -48,6 +51,7 @@ def export_worker(engine: WorkerEngine) -> tuple[dict[str, Any], dict[str, NDArr
         "format": FORMAT,
         "name": engine.name,
         "incarnation": engine.incarnation.hex(),
+        "formers": [i.hex() for i in engine.formers],
         "slot": engine.slot,
         "state": saved.metadata(),
         "records": records,
@@ -73,7 +77,7 @@ def _record_values(record: Record) -> dict[str, Any]:
 
 
 def import_worker(engine: WorkerEngine, values: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> None:
-    """Give a new engine the state of a saved one; its layout must be the same.
+    """Give a new engine, of an incarnation of its own, the state of a saved one; its layout must be the same.
 
     Raises:
         WrongModelError: the state is of another model.
@@ -87,7 +91,9 @@ def import_worker(engine: WorkerEngine, values: dict[str, Any], arrays: dict[str
         saved = restore(values["state"], vector, statistics, None)
         require_same(saved.layout, engine.layout)
         engine.name = values["name"]
-        engine.incarnation = bytes.fromhex(values["incarnation"])
+        incarnations = [*values["formers"], values["incarnation"]]
+        engine.formers = tuple(bytes.fromhex(i) for i in incarnations[-FORMERS_KEPT:])
+        engine._former_at_work = True
         engine.run_id, engine.epoch, engine.config = saved.run_id, saved.epoch, saved.config
         engine.slot = values["slot"]
         engine.elapsed_s = saved.elapsed_s
@@ -103,7 +109,7 @@ def import_worker(engine: WorkerEngine, values: dict[str, Any], arrays: dict[str
                 ledger.superseded.append(ledger.records[record.plan.round])
             ledger.records[record.plan.round] = record
         ledger.sent, ledger.included, ledger.returned = values["counts"]
-    except (KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise MalformedError(f"a worker's state that does not make sense: {error!r}") from None
 
 

@@ -10,14 +10,18 @@ along the digest chain, replays it, and checks
   every digest on the way is what the server wrote;
 - ledger: for each worker x − a = (its steps) − (its contributions that are in the consensus), float32's rounding
   apart, and the worker's own count of included contributions is that of the server's log.
+
+A worker that was resumed from a saved state is balanced like the others: what its lives did after their last save is
+lost with them, and not in its books.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import zlib
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +32,7 @@ from numpy.typing import NDArray
 from loscar_core.config import RunConfig
 from loscar_core.plan import Part, RoundPlan, parts_of, plan_round
 from loscar_core.replica import checksum_of
-from loscar_deploy.chaos_worker import read_sent
+from loscar_deploy.chaos_worker import Lives, read_sent
 from loscar_server.events import read_events
 
 Doubles = NDArray[np.float64]
@@ -97,6 +101,11 @@ class Audit:
         }
 
 
+def incarnation_of(name: str) -> str:
+    """Whose a file of contributions is."""
+    return name.split(".")[-3]
+
+
 def read_ending(folder: Path, name: str) -> Ending | None:
     """What a worker wrote at its end, or None."""
     path = folder / f"{name}.json"
@@ -125,24 +134,32 @@ class Replay:
         config: the run's.
         initial: the model that it started from, d float32.
         folder: with the workers' logs.
+        lives: of each worker, those that it knows of.
     """
 
-    def __init__(self, config: RunConfig, initial: Floats, folder: Path) -> None:
+    def __init__(self, config: RunConfig, initial: Floats, folder: Path, lives: Iterable[Lives] = ()) -> None:
         self.consensus = initial.copy()
         self._config = config
         self._digest = checksum_of(initial, np.empty(0, np.float32))
         self._sent: dict[tuple[str, int], list[Floats]] = defaultdict(list)
         for path in sorted(folder.glob("*.sent")):
-            incarnation = path.name.split(".")[-3]
             for number, values in read_sent(path):
-                self._sent[incarnation, number].append(values)
+                self._sent[incarnation_of(path.name), number].append(values)
+        self._others: dict[str, list[str]] = {}
+        for worker in lives:
+            incarnations = [incarnation_of(name) for name, _ in worker]
+            self._others.update(dict.fromkeys(incarnations, incarnations))
 
     def plan(self, number: int) -> RoundPlan:
         return plan_round(self._config, self.consensus.size, number, stopping=False)
 
     def sent(self, incarnation: str, number: int) -> list[Floats]:
-        """What was sent under that name for a round: usually one; two after a resumed worker took it anew."""
-        return self._sent.get((incarnation, number), [])
+        """What was taken by that incarnation for a round: one, unless the round was planned anew. A resumed worker
+        may also have sent what an earlier life has left in flight."""
+        own = self._sent.get((incarnation, number))
+        if own is not None:
+            return own
+        return [v for other in self._others.get(incarnation, ()) for v in self._sent.get((other, number), ())]
 
     def apply(self, entry: Round) -> str | None:
         """Take a round over; returns what is wrong with it, or None."""
@@ -183,34 +200,63 @@ def _mean(part: Part, members: tuple[str, ...], sent: dict[str, Floats], divisor
     return mean
 
 
-def balance(ending: Ending, replay: Replay, rounds: list[Round], seed: int) -> dict[str, Any]:
+class Contributions:
+    """What one worker contributed, in all lives that it knows of.
+
+    Args:
+        lives: see `chaos_worker`; a life that was resumed sends what the one before it has left in flight.
+        given_up: rounds of those that it has forgotten.
+        folder: with their files.
+    """
+
+    def __init__(self, lives: Lives, given_up: list[int], folder: Path) -> None:
+        self._incarnations = [incarnation_of(name) for name, _ in lives]
+        self._own: list[dict[int, Floats]] = []
+        for name, count in lives:
+            known = itertools.islice(read_sent(folder / name), count) if count else ()
+            self._own.append({number: values for number, values in known if number not in given_up})
+
+    def to(self, number: int, members: tuple[str, ...]) -> tuple[bool, Floats | None]:
+        """Whether it is among the members of a part, and what it knows to have sent for that round."""
+        for life in reversed(range(len(self._incarnations))):
+            if self._incarnations[life] in members:
+                found = (own[number] for own in reversed(self._own[: life + 1]) if number in own)
+                return True, next(found, None)
+        return False, None
+
+
+def balance(ending: Ending, replay: Replay, rounds: list[Round], config: RunConfig, folder: Path) -> dict[str, Any]:
     """A worker's ledger: what its live vector should be, against what it is."""
-    incarnation = ending.values["incarnation"]
-    contributed = np.zeros(ending.live.size)
-    number, smallest = 0, np.inf
+    dimension = ending.live.size
+    contributions = Contributions(ending.values["lives"], ending.values["given_up"], folder)
+    contributed = np.zeros(dimension)
+    number, not_known, smallest = 0, 0, np.inf
     for entry in rounds:
-        if not any(incarnation in part for part in entry.parts):
-            continue
-        indices = replay.plan(entry.number).indices(seed, ending.live.size)
+        indices = replay.plan(entry.number).indices(config.seed, dimension)
+        included, known = False, False
         for part, members in zip(parts_of(indices.size), entry.parts, strict=True):
-            if incarnation in members and replay.sent(incarnation, entry.number):
-                values = replay.sent(incarnation, entry.number)[-1][part.start : part.stop]
-                contributed[indices[part.start : part.stop]] += values
+            here, values = contributions.to(entry.number, members)
+            included |= here
+            if values is not None:
+                known = True
+                contributed[indices[part.start : part.stop]] += values[part.start : part.stop]
                 smallest = min(smallest, float(np.abs(values).max(initial=0.0)))
-        number += 1
-    own = ending.live - ending.anchor.astype(np.float64)
+        number += known
+        not_known += included and not known
+    progress = ending.live - ending.anchor.astype(np.float64)
     expected = ending.stepped + ending.given + ending.forgone - contributed
     counts = ending.values["contributions"]
     return {
         "name": ending.values["name"],
-        "resumed": ending.values["resumed"],
+        "lives": len(ending.values["lives"]),
         "steps": ending.values["steps"],
         "reconnects": ending.values["reconnects"],
         "sent": counts["sent"],
         "included": counts["included"],
         "in_consensus": number,
-        "error": float(np.abs(own - expected).max()),
-        "progress": float(np.abs(own).max()),
+        "not_known": not_known,
+        "error": float(np.abs(progress - expected).max()),
+        "progress": float(np.abs(progress).max()),
         "smallest_contribution": smallest if number else 0.0,
         "forgone": float(np.linalg.norm(ending.forgone)),
     }
@@ -244,7 +290,7 @@ def audit(folder: Path, names: list[str], config: RunConfig, initial: Floats) ->
     if not rounds or rounds[0].number != 1:
         say("the final state does not go back to round 1 in the server's log")
         return result
-    replay = Replay(config, initial, folder)
+    replay = Replay(config, initial, folder, [e.values["lives"] for e in endings])
     for entry in rounds:
         wrong = replay.apply(entry)
         if wrong is not None:
@@ -254,10 +300,8 @@ def audit(folder: Path, names: list[str], config: RunConfig, initial: Floats) ->
         say("the replayed consensus is not the one that the workers hold")
     result.included = sum(len({i for part in entry.parts for i in part}) for entry in rounds)
     for e in endings:
-        ledger = balance(e, replay, rounds, config.seed)
+        ledger = balance(e, replay, rounds, config, folder)
         result.ledgers.append(ledger)
-        if ledger["resumed"]:
-            continue  # what it did between its last save and its death is its own loss, and not in its books
         result.lost += max(0, ledger["included"] - ledger["in_consensus"])
         result.doubled += max(0, ledger["in_consensus"] - ledger["included"])
         if ledger["included"] != ledger["in_consensus"]:

@@ -10,6 +10,7 @@ import contextlib
 import datetime
 import ipaddress
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,8 +46,14 @@ def make_certificates(folder: Path, hosts: list[str], workers: list[str], days: 
         The files that were written.
 
     Raises:
-        ConfigError: the folder cannot be written, or a certificate is there already.
+        ConfigError: the folder cannot be written, a certificate is there already, or a name cannot be in one.
     """
+    for name in workers:
+        if not re.fullmatch(r"\w[\w.-]*", name):  # it names a file in this folder
+            raise ConfigError(f"the worker's name {name!r} is not made of letters, digits, points and dashes")
+    for host in hosts:
+        if not re.fullmatch(r"[A-Za-z0-9.:*-]+", host):
+            raise ConfigError(f"{host!r} is neither a host name nor an address")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         authority = Pair(folder / "ca.pem", folder / "ca-key.pem")

@@ -25,11 +25,10 @@ from loscar_core.errors import (
     ConnectError,
     DataMissingError,
     LoscarError,
-    PortInUseError,
     VersionMismatchError,
 )
 from loscar_deploy.client import Client
-from loscar_wire.transport import ClientSecurity, parse_address
+from loscar_wire.transport import ClientSecurity, check_free, parse_address
 
 LEAST_DISK_BYTES = 1 << 30
 SOON_DAYS = 14
@@ -106,13 +105,8 @@ def check_versions() -> Iterator[Finding]:
 
 def check_listen(listen: str) -> Iterator[Finding]:
     try:
-        host, port = parse_address(listen, "--listen")
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        with socket.socket(family) as probe:
-            probe.bind((host, port))
+        check_free(*parse_address(listen, "--listen"))
         yield Finding("listen", "ok", f"{listen} is free")
-    except OSError as error:
-        yield _failed("listen", PortInUseError(f"{listen}: {error.strerror}"))
     except LoscarError as error:
         yield _failed("listen", error)
 
@@ -222,6 +216,8 @@ def examine(questions: Questions) -> list[Finding]:
         checks.append(lambda: check_listen(q.listen or ""))
     if q.server_certificate is not None:
         checks.append(lambda: check_certificate("server certificate", q.server_certificate or Path(), q.server_key))
+    elif q.server_key is not None:
+        raise ConfigError("--server-key needs --server-cert: the certificate that it should belong to")
     if q.security.ca is not None:
         checks.append(lambda: check_certificate("authority", q.security.ca or Path(), None))
     if q.security.certificate is not None:

@@ -6,6 +6,7 @@ instead of a page of usage. Imports nothing heavy at the top: `loscar --help` mu
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from argparse import ArgumentParser, Namespace
@@ -22,17 +23,24 @@ if TYPE_CHECKING:
 E = TypeVar("E", bound=Enum)
 
 _UNITS_S = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
+_LONGEST_S = 1e9
+_LARGEST = (1 << 63) - 1
 
 
-def seconds(option: str, text: str) -> float:
-    """A duration such as 15ms, 2.5s or 10m. Raises ConfigError naming the option."""
+def seconds(option: str, text: str, *, positive: bool = False) -> float:
+    """A duration such as 15ms, 2.5s or 10m; with `positive` not 0 either. Raises ConfigError naming the option."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([a-z]*)\s*", text)
     if match is None or match[2] not in _UNITS_S:
         raise ConfigError(f"{option} {text!r} is not a duration: write a number and us, ms, s, m or h, such as 15ms")
-    return float(match[1]) * _UNITS_S[match[2]]
+    value = float(match[1]) * _UNITS_S[match[2]]
+    if value > _LONGEST_S:
+        raise ConfigError(f"{option} {text!r} is longer than 30 years")
+    if positive and value == 0:
+        raise ConfigError(f"{option} {text!r} is no time at all: it must be above 0")
+    return value
 
 
-def whole(option: str, text: str, least: int = 0) -> int:
+def whole(option: str, text: str, least: int = 0, most: int = _LARGEST) -> int:
     """A whole number, also as 1e6. Raises ConfigError naming the option."""
     try:
         number = float(text)
@@ -43,15 +51,20 @@ def whole(option: str, text: str, least: int = 0) -> int:
         raise ConfigError(f"{option} {text!r} is not a whole number") from None
     if value < least:
         raise ConfigError(f"{option} {text!r} is below {least}")
+    if value > most:
+        raise ConfigError(f"{option} {text!r} is above {most}")
     return value
 
 
 def number(option: str, text: str) -> float:
-    """Raises ConfigError naming the option."""
+    """A finite number. Raises ConfigError naming the option."""
     try:
-        return float(text)
+        value = float(text)
     except ValueError:
         raise ConfigError(f"{option} {text!r} is not a number") from None
+    if not math.isfinite(value):
+        raise ConfigError(f"{option} {text!r} is not a finite number")
+    return value
 
 
 def steps_or_auto(option: str, text: str | None) -> int | None:
@@ -64,14 +77,33 @@ def steps_or_auto(option: str, text: str | None) -> int | None:
         raise ConfigError(f"{option} {text!r} is neither a number of steps nor auto") from None
 
 
-def numbers(option: str, text: str, count: int | None) -> list[float]:
-    """Comma-separated numbers: one for all, or one for each of `count` workers."""
+def each(option: str, text: str, count: int) -> list[str]:
+    """Comma-separated texts: one for all, or one for each of `count` workers. Raises ConfigError for another number."""
+    values = [piece.strip() for piece in text.split(",")]
+    if len(values) not in (1, count):
+        raise ConfigError(f"{option} {text!r} has {len(values)} values for {count} workers: give one, or one for each")
+    return values if len(values) == count else values * count
+
+
+def numbers(option: str, text: str, count: int) -> list[float]:
+    """The same with numbers."""
     values = [number(option, piece) for piece in text.split(",")]
-    if count is None or len(values) == count:
-        return values
-    if len(values) == 1:
-        return values * count
-    raise ConfigError(f"{option} {text!r} has {len(values)} values for {count} workers: give one, or one for each")
+    return values if len(values) == count else [number(option, piece) for piece in each(option, text, count)]
+
+
+def slowdowns(text: str, count: int) -> list[float]:
+    """--slowdown: how many times slower each worker is, at least 1."""
+    values = numbers("--slowdown", text, count)
+    if min(values) < 1:
+        raise ConfigError(f"--slowdown {text!r} is below 1: a machine can only be made slower")
+    return values
+
+
+def given(option: str, text: str | None) -> str | None:
+    """The text of an option that means something else when it is left out. Raises ConfigError when it is empty."""
+    if text is not None and not text.strip():
+        raise ConfigError(f"{option} is empty: give a value or leave it out")
+    return text
 
 
 # --- declarations -------------------------------------------------------------------------------------------
@@ -173,12 +205,37 @@ def add_server_security(parser: ArgumentParser) -> None:
     group.add_argument("--insecure", action="store_true", help="serve beyond this machine without TLS and token")
 
 
-def add_task(parser: ArgumentParser) -> None:
+def add_machines(parser: ArgumentParser, step_time: str) -> None:
+    """The workers of a whole run: how many, how fast, over which links; `step_time` is the help of --step-time."""
+    parser.add_argument("--workers", metavar="N", default="4", help="how many workers")
+    parser.add_argument(
+        "--link", metavar="SPEC", default="rtt=100ms,rate=20mbit", help="each worker's link; ; separates"
+    )
+    parser.add_argument("--slowdown", metavar="F[,F…]", help="how many times slower each worker is (default 1,1,1,2)")
+    parser.add_argument("--step-time", metavar="TIME", default="10ms", help=step_time)
+    parser.add_argument(
+        "--device", metavar="NAME[,NAME…]", default="cpu", help="each worker's: cpu, cuda, cuda:1 or auto"
+    )
+    parser.add_argument("--target-loss", metavar="L", help="end when the average of the live models has this test loss")
+
+
+def add_churn(parser: ArgumentParser) -> None:
+    """Workers of a simulation that die and come back."""
+    parser.add_argument("--churn", metavar="P", default="0", help="share of the workers that die at once, now and then")
+    parser.add_argument("--churn-every", metavar="TIME", default="10s", help="how often")
+    parser.add_argument("--away", metavar="TIME", default="5s", help="they come back after so long, as new ones")
+
+
+def add_task(parser: ArgumentParser, *, many: bool = False) -> None:
+    """The task; `many`: for several workers, whose batch sizes may differ."""
     group = parser.add_argument_group("the task")
     group.add_argument("--task", default="digits", help="a built-in task, or package.module:factory")
     group.add_argument("--data-dir", metavar="DIR", type=Path, help="its data (default: LOSCAR_DATA_DIR, then .data)")
     group.add_argument("--download", action="store_true", help="fetch missing data first")
-    group.add_argument("--batch-size", metavar="N", help="override the task's")
+    if many:
+        group.add_argument("--batch-size", metavar="N[,N…]", help="override the task's; one, or one for each worker")
+    else:
+        group.add_argument("--batch-size", metavar="N", help="override the task's")
     group.add_argument("--lr", metavar="RATE", help="override the task's")
     group.add_argument("--partition", default="iid", metavar="HOW", help="iid, dirichlet:ALPHA or by-label")
 
@@ -203,10 +260,10 @@ def run_config(args: Namespace) -> RunConfig:
         value_type=_member(ValueType, "--wire-dtype", args.wire_dtype),
         merge=parse_merge(args.merge),
         local_steps=steps_or_auto("--local-steps", args.local_steps),
-        sync_interval_s=seconds("--sync-interval", args.sync_interval),
+        sync_interval_s=seconds("--sync-interval", args.sync_interval, positive=True),
         overlap_steps=steps_or_auto("--overlap-steps", args.overlap_steps),
         rounds=None if args.rounds is None else whole("--rounds", args.rounds, 1),
-        duration_s=None if args.duration is None else seconds("--duration", args.duration),
+        duration_s=None if args.duration is None else seconds("--duration", args.duration, positive=True),
         max_steps=None if args.max_steps is None else whole("--max-steps", args.max_steps, 1),
         evaluate_every=whole("--evaluate-every", args.evaluate_every),
         final_round=_member(FinalRound, "--final-round", args.final_round),
@@ -232,7 +289,7 @@ def server_limits(args: Namespace, workers: int | None) -> ServerLimits:
     from loscar_core.config import ServerLimits
     from loscar_core.robust import parse_aggregate
 
-    lease = seconds("--lease", args.lease)
+    lease = seconds("--lease", args.lease, positive=True)
     aggregate, trim = parse_aggregate(getattr(args, "aggregate", "mean"))
     bound = getattr(args, "norm_bound", None)
     return ServerLimits(
@@ -240,7 +297,7 @@ def server_limits(args: Namespace, workers: int | None) -> ServerLimits:
         start_grace_s=seconds("--start-grace", args.start_grace),
         lease_s=lease,
         heartbeat_s=min(2.0, lease / 4),
-        round_cap_s=seconds("--round-cap", args.round_cap),
+        round_cap_s=seconds("--round-cap", args.round_cap, positive=True),
         recover_after_s=seconds("--recover-after", args.recover_after),
         max_members=whole("--max-members", getattr(args, "max_members", "4096"), 1),
         max_dimension=whole("--max-params", getattr(args, "max_params", "64e9"), 1),
@@ -264,6 +321,4 @@ def client_security(args: Namespace) -> ClientSecurity:
 def server_security(args: Namespace) -> ServerSecurity:
     from loscar_wire.transport import ServerSecurity
 
-    if (args.tls_cert is None) != (args.tls_key is None):
-        raise ConfigError("--tls-cert and --tls-key belong together: give both or neither")
     return ServerSecurity(token(args), args.tls_cert, args.tls_key, args.tls_client_ca, args.insecure)

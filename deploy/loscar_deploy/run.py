@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import signal
 import sys
 from argparse import Namespace
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,9 +31,9 @@ POLL_S = 0.25
 METRICS_EVERY_S = 1.0
 START_TIMEOUT_S = 60.0
 END_TIMEOUT_S = 60.0
+EXIT_TIMEOUT_S = 2.0
 
-_NOT_SAVED = ("handler", "exit_with_parent", "log_level", "json")
-_TASK_OPTIONS = ("task", "data_dir", "batch_size", "lr", "partition", "seed")
+_TASK_OPTIONS = ("task", "data_dir", "lr", "partition", "seed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,8 @@ class RunPlan:
         links: each worker's; None without emulation.
         slowdown: each worker's.
         target_loss: test loss of the live models' average that ends the run, or None.
+        devices: each worker's.
+        batch_sizes: each worker's; None takes the task's.
     """
 
     args: Namespace
@@ -54,6 +57,8 @@ class RunPlan:
     links: tuple[LinkSpec, ...] | None
     slowdown: tuple[float, ...]
     target_loss: float | None
+    devices: tuple[str, ...]
+    batch_sizes: tuple[int, ...] | None = None
 
 
 def _flags(args: Namespace, names: Iterable[str]) -> list[str]:
@@ -62,7 +67,7 @@ def _flags(args: Namespace, names: Iterable[str]) -> list[str]:
     for name in names:
         value = getattr(args, name)
         if value is not None:
-            flags += [f"--{name.replace('_', '-')}", str(value)]
+            flags.append(f"--{name.replace('_', '-')}={value}")  # in one piece: a value may begin with a dash
     return flags
 
 
@@ -81,7 +86,7 @@ class LocalRun:
         self._reported: set[str] = set()
         self._evaluator: Child | None = None
         self._seconds_to_target: float | None = None
-        self._signals = 0
+        self.signals = 0
         self._asked_to_stop = False
         self._forced = asyncio.Event()
 
@@ -98,7 +103,7 @@ class LocalRun:
         try:
             address = await self._start_server()
             targets = await self._start_links(address)
-            client = Client(address, ClientSecurity())
+            client = Client(address, ClientSecurity(os.environ.get("LOSCAR_TOKEN") or None))
             try:
                 await self._start_workers(targets)
                 await self._start_evaluator()
@@ -109,20 +114,25 @@ class LocalRun:
                 await self._await_workers()
             finally:
                 await client.close()
+            if self._forced.is_set():
+                raise _forced()
             return self._summary()
+        except ConnectError as error:
+            raise await self._why_unreachable(error) from None
         finally:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                loop.remove_signal_handler(number)
             await self._children.stop_all()
             if self._farm is not None:
                 await self._farm.close()
             for i in range(self._plan.workers):
                 self._folder.worker_slots(f"w{i}").unlink(missing_ok=True)
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.remove_signal_handler(number)
 
     def _on_signal(self) -> None:
-        self._signals += 1
-        if self._signals == 1:
-            self._progress.say("ending the run after this round; once more to stop at once")
+        self.signals += 1
+        if self.signals == 1:
+            what = "writing the run folder" if self._finished() else "ending the run after this round"
+            self._progress.say(f"{what}; once more to stop at once")
         else:
             self._forced.set()
             self._children.kill_all()
@@ -141,6 +151,8 @@ class LocalRun:
             if line:
                 address: str = json.loads(line)["listening"]
                 return address
+        if self._forced.is_set():
+            raise _forced()
         raise WorkerFailedError(f"the server did not start: {server.last_words()}")
 
     async def _start_links(self, address: str) -> list[str]:
@@ -157,7 +169,9 @@ class LocalRun:
             flags = ["--server", target, "--name", name, "--slot", str(i), "--workers", str(self._plan.workers)]
             flags += ["--slowdown", f"{self._plan.slowdown[i]:g}", "--step-time", args.step_time, "--threads", "1"]
             flags += ["--result", str(folder.worker_result(name)), "--rounds-log", str(folder.worker_rounds(name))]
-            flags += [*_flags(args, _TASK_OPTIONS), "--device", args.device]
+            flags += [*_flags(args, _TASK_OPTIONS), "--device", self._plan.devices[i]]
+            if self._plan.batch_sizes is not None:
+                flags += ["--batch-size", str(self._plan.batch_sizes[i])]
             if self._plan.config.evaluate_every:
                 flags += ["--evaluation", str(folder.worker_slots(name))]
             self._workers.append(await self._children.start(name, ["worker", *flags], folder.log(name)))
@@ -187,8 +201,10 @@ class LocalRun:
         """Until the run is over on the server."""
         metrics_at = -METRICS_EVERY_S
         while True:
-            self._check_children()
-            reply = await self._status(client)
+            self._check_server()
+            # Who is gone before the question: whether that ended the run is in the answer.
+            gone = [child for child in self._workers if child.returncode is not None]
+            reply = await client.status()
             if reply.phase == "finished" and self._last is not None:
                 # Workers that have heard of the end are gone already: show them as they were.
                 del reply.members[:]
@@ -203,51 +219,55 @@ class LocalRun:
                 self._folder.append_metrics(reply)
                 self._progress.show(reply, last=True)
                 return
+            self._check_workers(gone, started=reply.elapsed_s >= 0)
             if self._target_reached() and not self._asked_to_stop:
                 self._asked_to_stop = True
                 await client.stop("the target loss is reached")
-            if self._signals and not self._asked_to_stop:
+            if self.signals and not self._asked_to_stop:
                 self._asked_to_stop = True
                 if reply.elapsed_s < 0:
                     raise InterruptedRunError("interrupted before the run started")
                 await client.stop("interrupted")
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._forced.wait(), POLL_S)
-            if self._forced.is_set():
-                raise InterruptedRunError("forced to end before the final round")
 
-    async def _status(self, client: Client) -> pb.StatusReply:
-        try:
-            return await client.status()
-        except ConnectError:
-            self._check_children()
-            if self._forced.is_set():
-                raise InterruptedRunError("forced to end before the final round") from None
-            raise
+    async def _why_unreachable(self, error: ConnectError) -> LoscarError:
+        """What to say when a call to the server fails: it may have died, or been killed by the second Ctrl+C."""
+        if self._server is not None:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._server.process.wait(), EXIT_TIMEOUT_S)
+            try:
+                self._check_server()
+            except LoscarError as cause:
+                return cause
+        return error
 
-    def _check_children(self) -> None:
-        """Say who died; end the run when it cannot go on."""
+    def _check_server(self) -> None:
+        """End the run when it cannot go on."""
         assert self._server is not None
         if self._forced.is_set():
-            raise InterruptedRunError("forced to end before the final round")
+            raise _forced()
         if self._server.returncode is not None:
-            raise WorkerFailedError(
-                f"the server ended with status {self._server.returncode}: {self._server.last_words()}"
-            )
-        started = self._last is not None and self._last.elapsed_s >= 0
-        for child in self._workers:
-            if child.returncode is None or child.name in self._reported:
+            raise WorkerFailedError(_ended(self._server))
+
+    def _check_workers(self, gone: list[Child], *, started: bool) -> None:
+        """Say who died; end the run when nobody is left."""
+        for child in gone:
+            if child.name in self._reported:
                 continue
             self._reported.add(child.name)
-            if child.returncode == 0 and started:
-                continue
-            text = f"{child.name} ended with status {child.returncode}: {child.last_words()}"
             if not started:
                 # The start waits for all workers: without this one it would wait for ever.
-                raise _failure(text, child.returncode)
-            self._progress.say(text)
-        if self._workers and all(c.returncode is not None for c in self._workers) and not self._finished():
-            raise WorkerFailedError("no worker is left")
+                raise _failure(_ended(child), child.returncode)
+            if child.returncode:
+                self._progress.say(_ended(child))
+        if self._evaluator is not None and self._evaluator.returncode and "evaluator" not in self._reported:
+            self._reported.add("evaluator")
+            self._progress.say(_ended(self._evaluator))
+        if len(gone) == len(self._workers):
+            how = {child.returncode for child in gone}
+            # When all of them ended for one reason, it is the run's as well.
+            raise _failure(f"no worker is left: {_ended(gone[-1])}", how.pop() if len(how) == 1 else None)
 
     def _finished(self) -> bool:
         return self._last is not None and self._last.phase == "finished"
@@ -325,10 +345,20 @@ class LocalRun:
         }
 
 
-def _failure(text: str, status: int) -> LoscarError:
+def _ended(child: Child) -> str:
+    status = child.returncode or 0
+    how = f"was ended by signal {-status}" if status < 0 else f"ended with status {status}"
+    return f"{child.name} {how}: {child.last_words()}"
+
+
+def _forced() -> InterruptedRunError:
+    return InterruptedRunError("forced to end before the run folder was complete")
+
+
+def _failure(text: str, status: int | None) -> LoscarError:
     """A child that could not start: its own kind of error, so that the run ends with the child's exit code."""
     kinds = {cls.exit_code: cls for cls in reversed(all_errors()) if cls.exit_code != LoscarError.exit_code}
-    return kinds.get(status, WorkerFailedError)(text)
+    return kinds.get(status or 0, WorkerFailedError)(text)
 
 
 def evaluate_model(path: Path, task_spec: str, data_dir: Path | None) -> dict[str, float]:
@@ -342,8 +372,26 @@ def evaluate_model(path: Path, task_spec: str, data_dir: Path | None) -> dict[st
     return {"loss": result.loss, "accuracy": result.accuracy}
 
 
-def execute(plan: RunPlan) -> dict[str, Any]:
-    """Run, evaluate, write the summary; returns it.
+@contextlib.contextmanager
+def _draining(run: LocalRun, progress: Progress) -> Iterator[None]:
+    """After the processes' end, signals mean what they meant before: the first one drains, the second one forces."""
+
+    def on_signal(*_: object) -> None:
+        run.signals += 1
+        if run.signals > 1:
+            os._exit(InterruptedRunError.exit_code)  # an exception could come out of a half-imported module
+        progress.say("writing the run folder; once more to stop at once")
+
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def execute(plan: RunPlan, *, quiet: bool = False) -> dict[str, Any]:
+    """Run, evaluate, write the summary; returns it. Shows how it goes unless `quiet`.
 
     Raises:
         LoscarError: the run could not be done; the folder holds the logs.
@@ -352,21 +400,24 @@ def execute(plan: RunPlan) -> dict[str, Any]:
 
     args = plan.args
     folder = RunFolder(args.out)
-    folder.write_config({k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in _NOT_SAVED})
-    progress = Progress(sys.stderr if args.json else sys.stdout)
+    folder.write_options(args)
+    progress = Progress(sys.stderr if args.json else sys.stdout, quiet=quiet)
+
+    run = LocalRun(plan, folder, progress)
 
     async def go() -> dict[str, Any]:
         with progress:
-            return await LocalRun(plan, folder, progress).run()
+            return await run.run()
 
     try:
         summary = uvloop.run(go())
     except LoscarError:
         progress.say(f"the run folder is {folder.path}")
         raise
-    summary.update(evaluate_model(folder.model, args.task, args.data_dir))
-    folder.summary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    if not args.json:
+    with _draining(run, progress):
+        summary.update(evaluate_model(folder.model, args.task, args.data_dir))
+        folder.write_summary(summary)
+    if not args.json and not quiet:
         idle = [f for f in summary["idle_fraction"] if f is not None]
         print(
             f"consensus test accuracy {summary['accuracy']:.4f}, loss {summary['loss']:.4f} "

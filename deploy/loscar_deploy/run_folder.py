@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from loscar_core.errors import ConfigError
 from loscar_wire._generated import parameter_server_pb2 as pb
 
 RUNS = Path("runs")
+NOT_SAVED = ("handler", "exit_with_parent", "log_level", "json")
 
 
 class RunFolder:
@@ -68,10 +70,11 @@ class RunFolder:
     def worker_rounds(self, name: str) -> Path:
         return self.path / "workers" / f"{name}.rounds.jsonl"
 
-    def write_config(self, values: dict[str, Any]) -> None:
+    def write_options(self, args: Namespace) -> None:
         """Options as they were given or defaulted; those that are not set are left out (TOML has no null)."""
-        known = {k: v for k, v in values.items() if v is not None}
-        self.config.write_text(tomli_w.dumps(known), encoding="utf-8")
+        known = {k: v for k, v in vars(args).items() if v is not None and k not in NOT_SAVED}
+        texts = {k: str(v) if isinstance(v, Path) else v for k, v in known.items()}
+        self.config.write_text(tomli_w.dumps(texts), encoding="utf-8")
 
     def read_evaluations(self) -> list[dict[str, Any]]:
         """What the evaluator has found so far; a line that is being written is left for later."""
@@ -80,6 +83,13 @@ class RunFolder:
         except FileNotFoundError:
             return []
         return [json.loads(line) for line in lines]
+
+    def append_evaluation(self, line: dict[str, Any]) -> None:
+        with self.evaluations.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        self.summary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
 
     def append_metrics(self, reply: pb.StatusReply) -> None:
         """One line for a server status: what each worker had done by then."""

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import heapq
 import random
+from argparse import Namespace
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from loscar_core import effects as fx
-from loscar_core.config import RunConfig, ServerLimits
+from loscar_core.config import ServerLimits
 from loscar_core.errors import ConfigError
 from loscar_core.messages import HeartbeatReply, ServerMessage, WorkerMessage
 from loscar_core.replica import Floats
@@ -24,12 +26,17 @@ from loscar_core.server_machine import ServerMachine
 from loscar_core.server_state import Phase
 from loscar_core.worker_engine import WorkerEngine
 from loscar_deploy.link import DirectionModel
-from loscar_deploy.link_spec import LinkSpec
+from loscar_deploy.recording import Recorder
+from loscar_deploy.run_folder import RunFolder
+from loscar_deploy.simulation import SimulatedEvaluation, SimulationPlan, SimulationResult, summary_of
+from loscar_server.status import status_of
+from loscar_wire._generated import parameter_server_pb2 as pb
 from loscar_wire.mapping import encode_server_message, encode_worker_message
+from loscar_worker.app import choose_device
 from loscar_worker.boundary import Pace, TrainingHalf
+from loscar_worker.connection import may_retry
 from loscar_worker.model import ModelView
 from loscar_worker.simulated import SimulatedBackground, SimulatedSession
-from loscar_worker.tasks import Task
 from loscar_worker.tasks.partition import Batches, partition
 
 FRAME_BYTES = 14
@@ -39,46 +46,7 @@ RUN_ID = b"simulated run..."
 IDLE_EVENTS = 1_000_000
 RECONNECT_S = 0.25
 
-
-@dataclass(frozen=True, slots=True)
-class SimulationPlan:
-    """What to simulate.
-
-    Attributes:
-        task: model, data and loss.
-        config: the run's; it must end by rounds, duration, steps or target.
-        workers: how many.
-        links: one for each.
-        step_s: seconds of one local step of each worker, slowdown included; above 0.
-        partition: as `loscar worker --partition`.
-        target_loss: test loss of the average that ends the run, or None.
-        churn: share of the workers that die (and come back as new ones) at any moment of `churn_every_s`.
-        churn_every_s: see `churn`.
-        away_s: how long a dead one stays away.
-        limits: the server's patience.
-        max_virtual_s: give up after so much virtual time.
-    """
-
-    task: Task
-    config: RunConfig
-    workers: int
-    links: tuple[LinkSpec, ...]
-    step_s: tuple[float, ...]
-    partition: str = "iid"
-    target_loss: float | None = None
-    churn: float = 0.0
-    churn_every_s: float = 10.0
-    away_s: float = 5.0
-    limits: ServerLimits | None = None
-    max_virtual_s: float = 1e6
-
-    def __post_init__(self) -> None:
-        if len(self.links) != self.workers or len(self.step_s) != self.workers:
-            raise ConfigError(f"links and step times for {self.workers} workers are needed")
-        if min(self.step_s) <= 0:
-            raise ConfigError("a simulated step takes time: give --step-time")
-        if not 0 <= self.churn <= 1:
-            raise ConfigError(f"churn {self.churn:g} is outside [0, 1]")
+__all__ = ["Simulation", "SimulationPlan", "SimulationResult", "execute", "summary_of"]
 
 
 @dataclass(eq=False)
@@ -97,55 +65,27 @@ class _Worker:
     down_order_s: float = 0.0
     down_pending: int = 0
     waiting_since_s: float | None = None
-    waiting_final: bool = False
     incarnation: int = 0
     wire_up: int = 0
     wire_down: int = 0
     alive: bool = True
 
 
-@dataclass(frozen=True, slots=True)
-class SimulatedEvaluation:
-    """The average of the live models at one round boundary, tested."""
-
-    round: int
-    time: float
-    steps: list[int]
-    loss: float
-    accuracy: float
-
-
-@dataclass
-class SimulationResult:
-    """What a simulation found; `vectors` are the workers' parameters at the end, d float32 each."""
-
-    virtual_seconds: float = 0.0
-    rounds: int = 0
-    evaluations: list[SimulatedEvaluation] = field(default_factory=list)
-    seconds_to_target: float | None = None
-    steps: list[int] = field(default_factory=list)
-    idle_fraction: list[float] = field(default_factory=list)
-    bytes_up: list[int] = field(default_factory=list)
-    bytes_down: list[int] = field(default_factory=list)
-    wire_up: list[int] = field(default_factory=list)
-    wire_down: list[int] = field(default_factory=list)
-    contributions: dict[str, int] = field(default_factory=dict)
-    deaths: int = 0
-    vectors: list[Floats] = field(default_factory=list)
-    consensus: Floats | None = None
-    statistics: Floats | None = None
-    stopped: str = ""
-
-
 class Simulation:
-    """Runs a plan."""
+    """Runs a plan.
 
-    def __init__(self, plan: SimulationPlan) -> None:
+    Args:
+        plan: what.
+        recorder: writes down rounds, evaluations and the server's status as they come; None for no record.
+    """
+
+    def __init__(self, plan: SimulationPlan, recorder: Recorder | None = None) -> None:
         self._plan = plan
+        self._recorder = recorder
         self._now = 0.0
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._order = 0
-        limits = plan.limits or ServerLimits(workers=plan.workers, lease_s=60.0, heartbeat_s=5.0)
+        limits = plan.limits or ServerLimits(workers=plan.workers, lease_s=60.0, heartbeat_s=2.0)
         self._server = ServerMachine(plan.config, limits, RUN_ID, 0.0)
         self._limits = limits
         self._rng = random.Random(plan.config.seed)
@@ -166,6 +106,8 @@ class Simulation:
         plan = self._plan
         task, seed = plan.task, plan.config.seed
         model = task.make_model(seed)
+        if plan.devices is not None:
+            model = model.to(choose_device(plan.devices[index]))
         optimizer = task.make_optimizer(model)
         view = ModelView(model)
         identity = f"{index}-{incarnation}".encode().ljust(16, b".")
@@ -178,10 +120,12 @@ class Simulation:
             background,
             Pace(),
             clock=lambda: self._now,
+            on_round=None if self._recorder is None else partial(self._recorder.round, f"w{index}"),
             on_evaluation=lambda half, round_: self._collect(index, half, round_),
         )
         share = partition(task.labels(), plan.partition, plan.workers, index, seed)
-        batches = Batches(task.train, share, task.batch_size, seed=seed, slot=index, incarnation=incarnation)
+        batch_size = task.batch_size if plan.batch_sizes is None else plan.batch_sizes[index]
+        batches = Batches(task.train, share, batch_size, seed=seed, slot=index, incarnation=incarnation)
         model.train()
 
         def train() -> None:
@@ -189,6 +133,7 @@ class Simulation:
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             optimizer.zero_grad()
+            session.note_loss(loss)
 
         link, rng = plan.links[index], random.Random(f"{seed} {index}")
         outages = [(start, start + length) for start, length in link.outages]
@@ -222,15 +167,32 @@ class Simulation:
             self._at(self._limits.heartbeat_s, lambda w=worker: self._beat(w))  # type: ignore[misc]
         if self._plan.churn:
             self._at(self._plan.churn_every_s, self._churn)
+        if self._recorder is not None:
+            self._at(0.0, partial(self._record, self._recorder))
         self._schedule_tick()
-        while any(w.alive and not w.session.finished for w in self._workers):
+        # Also while all workers are away at once: they come back.
+        while self._server.phase is not Phase.FINISHED or any(
+            w.alive and not w.session.finished for w in self._workers
+        ):
             if not self._events:
                 raise ConfigError("the simulation stands still: nobody is left who could do anything")
             self._now, _, what = heapq.heappop(self._events)
             if self._now > self._plan.max_virtual_s:
                 raise ConfigError(f"the run did not end within {self._plan.max_virtual_s:g} virtual seconds")
             what()
+        if self._recorder is not None:
+            self._recorder.status(self._status())
         return self._finish()
+
+    def _record(self, recorder: Recorder) -> None:
+        if self._server.phase is not Phase.FINISHED:
+            if self._server.elapsed_s(self._now) >= 0:
+                recorder.status(self._status())
+            self._at(self._now + recorder.status_every_s, partial(self._record, recorder))
+
+    def _status(self) -> pb.StatusReply:
+        up, down = (sum(counts) for counts in zip(*((w.wire_up, w.wire_down) for w in self._workers), strict=True))
+        return status_of(self._server, self._now, up, down, 1)
 
     def _schedule_tick(self) -> None:
         due = self._server.next_wakeup()
@@ -272,9 +234,11 @@ class Simulation:
                     for peer in peers:
                         if peer in self._streams:
                             self._send_down(self._streams[peer], peer, message, size)
-                case fx.Close(peer, _, _):
+                case fx.Close(peer, error, _):
                     worker = self._streams.pop(peer, None)
                     if worker is not None and worker.peer == peer:
+                        if worker.alive and error is not None and not may_retry(error):
+                            raise error  # a real worker would end with it
                         self._at(max(worker.down_order_s, self._now), lambda w=worker, p=peer: self._closed(w, p))  # type: ignore[misc]
                 case fx.RunFinished(why):
                     self._result.stopped = why
@@ -331,8 +295,8 @@ class Simulation:
     def _boundary(self, worker: _Worker) -> None:
         """Between two steps: merge and snapshot what is due; then train on, or wait."""
         session = worker.session
-        if worker.waiting_since_s is not None and not worker.waiting_final:
-            session.idle_s += self._now - worker.waiting_since_s
+        if worker.waiting_since_s is not None:
+            session.note_wait(self._now - worker.waiting_since_s)
         worker.waiting_since_s = None
         if session.finished:
             return
@@ -340,7 +304,6 @@ class Simulation:
             self._at(self._now + worker.step_s, lambda: self._step(worker))
         elif not session.finished:
             worker.waiting_since_s = self._now
-            worker.waiting_final = session.in_final_round
 
     # --- evaluation -----------------------------------------------------------------------------------------
 
@@ -360,6 +323,8 @@ class Simulation:
         elapsed = self._server.elapsed_s(self._now)
         steps = [w.session.steps for w in self._workers]
         self._result.evaluations.append(SimulatedEvaluation(round_, elapsed, steps, found.loss, found.accuracy))
+        if self._recorder is not None:
+            self._recorder.evaluation(self._result.evaluations[-1])
         target = self._plan.target_loss
         if target is not None and found.loss <= target and self._result.seconds_to_target is None:
             self._result.seconds_to_target = elapsed
@@ -403,57 +368,30 @@ class Simulation:
             result.wire_up.append(w.wire_up)
             result.wire_down.append(w.wire_down)
             result.vectors.append(w.session.live_values())
-            for key, count in w.session.contributions.items():
+            result.ledgers.append(w.session.contributions)
+            for key, count in result.ledgers[-1].items():
                 result.contributions[key] = result.contributions.get(key, 0) + count
         if state is not None:
             result.consensus, result.statistics = state.vector, state.statistics
+            result.layout, result.position = self._server.layout, state.position
         return result
 
 
-def summary_of(plan: SimulationPlan, result: SimulationResult) -> dict[str, Any]:
-    """The run's summary in the shape of a real run's, with `virtual_seconds` and the evaluations."""
-    config, task = plan.config, plan.task
-    loss: float | None = None
-    accuracy: float | None = None
-    if result.consensus is not None and result.statistics is not None:
-        model = task.make_model(config.seed)
-        view = ModelView(model)
-        view.load_vector(result.consensus)
-        view.load_statistics(result.statistics)
-        found = task.evaluate(model)
-        loss, accuracy = found.loss, found.accuracy
-    return {
-        "task": task.name,
-        "method": "loscar",
-        "merge": config.merge.value,
-        "workers": plan.workers,
-        "density": config.density,
-        "selection": config.selection.value,
-        "overlap_steps": config.overlap_steps if config.overlap_steps is not None else "auto",
-        "local_steps": config.local_steps if config.local_steps is not None else "auto",
-        "wire_dtype": config.value_type.value,
-        "seed": config.seed,
-        "epoch": 1,
-        "first_round": 1,
-        "rounds": result.rounds - (1 if config.final_round.value == "dense" and result.rounds else 0),
-        "final": config.final_round.value,
-        "steps": result.steps,
-        "virtual_seconds": result.virtual_seconds,
-        "loss": loss,
-        "accuracy": accuracy,
-        "target_loss": plan.target_loss,
-        "seconds_to_target": result.seconds_to_target,
-        "bytes_up": result.bytes_up,
-        "bytes_down": result.bytes_down,
-        "bytes_wire_up": result.wire_up,
-        "bytes_wire_down": result.wire_down,
-        "step_seconds_median": list(plan.step_s),
-        "idle_fraction": result.idle_fraction,
-        "contributions": result.contributions,
-        "deaths": result.deaths,
-        "evaluations": [
-            {"time": e.time, "round": e.round, "steps": e.steps, "loss": e.loss, "accuracy": e.accuracy}
-            for e in result.evaluations
-        ],
-        "stopped": result.stopped,
-    }
+def execute(plan: SimulationPlan, args: Namespace) -> dict[str, Any]:
+    """Simulate; returns the summary. With `args.out` it writes a run folder there, as `loscar run` does.
+
+    Raises:
+        ConfigError: see `Simulation.run` and `RunFolder`.
+    """
+    if args.out is None:
+        return summary_of(plan, Simulation(plan).run())
+    folder = RunFolder(args.out)
+    folder.write_options(args)
+    recorder = Recorder(folder, plan.workers)
+    try:
+        result = Simulation(plan, recorder).run()
+    finally:
+        recorder.flush()
+    summary = summary_of(plan, result)
+    recorder.finish(plan, result, summary)
+    return summary

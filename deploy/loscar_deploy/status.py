@@ -7,12 +7,12 @@ import json
 import sys
 from typing import Any
 
+from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.json_format import MessageToDict
 from rich.console import Console
-from rich.live import Live
 
 from loscar_deploy.client import Client
-from loscar_deploy.table import console_for, status_table
+from loscar_deploy.table import Progress, console_for, status_table
 from loscar_wire._generated import parameter_server_pb2 as pb
 from loscar_wire.transport import ClientSecurity, parse_address
 
@@ -29,47 +29,61 @@ def as_dict(reply: pb.StatusReply) -> dict[str, Any]:
     return numbered
 
 
+_TEXTS = {
+    field.name
+    for message in pb.DESCRIPTOR.message_types_by_name.values()
+    for field in message.fields
+    if field.cpp_type in (FieldDescriptor.CPPTYPE_STRING, FieldDescriptor.CPPTYPE_ENUM)
+}
+"""Fields that hold text; a worker may well be called 7."""
+
+
 def _with_numbers(value: Any) -> Any:
     """Protobuf's JSON writes 64-bit integers as strings; people's scripts want numbers."""
     if isinstance(value, dict):
-        return {k: v if k == "run_id" else _with_numbers(v) for k, v in value.items()}
+        return {k: v if k in _TEXTS else _with_numbers(v) for k, v in value.items()}
     if isinstance(value, list):
         return [_with_numbers(v) for v in value]
-    if isinstance(value, str) and value.lstrip("-").isdigit():
-        return int(value)
-    return value
+    return int(value) if isinstance(value, str) else value
 
 
 async def show_status(target: str, security: ClientSecurity, *, as_json: bool, watch: bool) -> int:
     """Print the status; with `watch`, until the run is over or Ctrl+C."""
     parse_address(target, "--server")
     client = Client(target, security)
-    console = console_for(sys.stdout)
     try:
         reply = await client.status()
-        if not watch:
-            if as_json:
-                print(json.dumps(as_dict(reply)))
-            else:
-                console.print(status_table(reply))
-                _print_departures(console, reply)
-            return 0
-        with Live(status_table(reply), console=console, auto_refresh=False) as live:
-            while reply.phase != "finished":
-                await asyncio.sleep(REFRESH_S)
-                reply = await client.status()
-                if as_json:
-                    print(json.dumps(as_dict(reply)), flush=True)
-                else:
-                    live.update(status_table(reply), refresh=True)
+        if watch:
+            await _watch(client, reply, as_json)
+        elif as_json:
+            print(json.dumps(as_dict(reply)))
+        else:
+            console = console_for(sys.stdout)
+            console.print(status_table(reply))
+            _print_departures(console, reply)
         return 0
     finally:
         await client.close()
 
 
+async def _watch(client: Client, reply: pb.StatusReply, as_json: bool) -> None:
+    with Progress(quiet=as_json) as progress:
+        while True:
+            over = reply.phase == "finished"
+            if as_json:
+                print(json.dumps(as_dict(reply)), flush=True)
+            progress.show(reply, last=over)
+            if over:
+                return
+            await asyncio.sleep(REFRESH_S)
+            reply = await client.status()
+
+
 def _print_departures(console: Console, reply: pb.StatusReply) -> None:
     for d in reply.departures:
         console.print(f"{d.name} left {d.ago_s:.0f} s ago: {d.reason} {d.detail}", highlight=False, markup=False)
-    for kind, count in reply.refused.items():
-        console.print(f"refused {count} × {kind}", highlight=False, markup=False)
+    for r in reply.refusals:
+        who = " ".join(filter(None, (r.name, r.address))) or "others"
+        text = f"refused {who} {r.count} ×, last {r.ago_s:.0f} s ago: {r.kind}: {r.detail}"
+        console.print(text, highlight=False, markup=False)
     sys.stdout.flush()

@@ -20,6 +20,9 @@ MAX_MESSAGE_BYTES = 1 << 20
 MESSAGE_S = 0.25
 """A message takes at most this long at the measured rate, so that a heartbeat never waits longer for its turn."""
 
+MAX_URGENT = 64
+"""Heartbeats, or replies to them, that may wait; where more do, the oldest are worth nothing any more."""
+
 _RATE_WINDOW_S = 0.05
 _RATE_WEIGHT = 0.3
 
@@ -64,6 +67,8 @@ class Outbox:
         self._data: deque[tuple[int | None, bytes]] = deque()
         self._wake = asyncio.Event()
         self.queued_bytes = 0
+        self.busy_since: float | None = None
+        """When the write that is under way began, on the monotonic clock."""
         self.rate = RateMeter()
         self.closing = False
         self.error: LoscarError | None = None
@@ -73,6 +78,8 @@ class Outbox:
         if self.closing:
             return
         if urgent:
+            if len(self._urgent) == MAX_URGENT:
+                self.queued_bytes -= len(self._urgent.popleft())
             self._urgent.append(payload)
         else:
             self._data.append((round_, payload))
@@ -112,8 +119,9 @@ class Outbox:
         while True:
             if self._urgent or self._data:
                 payload = self._urgent.popleft() if self._urgent else self._data.popleft()[1]
-                started = time.monotonic()
+                started = self.busy_since = time.monotonic()
                 await write(payload)
+                self.busy_since = None
                 self.rate.note(len(payload), time.monotonic() - started)
                 self.queued_bytes -= len(payload)
                 written(len(payload))

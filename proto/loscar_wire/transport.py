@@ -7,8 +7,11 @@ heartbeats of its own.
 
 from __future__ import annotations
 
+import errno
 import hmac
 import ipaddress
+import socket
+import ssl
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +19,7 @@ from typing import Any
 
 import grpc
 
-from loscar_core.errors import AuthenticationError, ConfigError
+from loscar_core.errors import AuthenticationError, ConfigError, PortInUseError
 
 SERVICE = "loscar.v1.ParameterServer"
 TRAIN = f"/{SERVICE}/Train"
@@ -42,7 +45,7 @@ CLIENT_OPTIONS: Options = [
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.http2.ping_timeout_ms", 10_000),
     ("grpc.initial_reconnect_backoff_ms", 500),
-    ("grpc.min_reconnect_backoff_ms", 500),
+    # No min_reconnect_backoff_ms: it is the time that a connection attempt has, and far servers need their round trips.
     ("grpc.max_reconnect_backoff_ms", 10_000),
     ("grpc.enable_retries", 0),
     # Otherwise all channels of a process to one address share one connection, and one link's back-pressure.
@@ -74,6 +77,12 @@ class ClientSecurity:
     certificate: Path | None = None
     key: Path | None = None
 
+    def __post_init__(self) -> None:
+        if (self.certificate is None) != (self.key is None):
+            raise ConfigError("--tls-cert and --tls-key belong together: give both or neither")
+        if self.certificate is not None and self.ca is None:
+            raise ConfigError("--tls-cert needs --tls-ca: without it there is no TLS")
+
 
 @dataclass(frozen=True, slots=True)
 class ServerSecurity:
@@ -92,6 +101,12 @@ class ServerSecurity:
     client_ca: Path | None = None
     insecure: bool = False
 
+    def __post_init__(self) -> None:
+        if (self.certificate is None) != (self.key is None):
+            raise ConfigError("--tls-cert and --tls-key belong together: give both or neither")
+        if self.client_ca is not None and self.certificate is None:
+            raise ConfigError("--tls-client-ca needs --tls-cert and --tls-key: without them there is no TLS")
+
 
 def parse_address(text: str, option: str) -> tuple[str, int]:
     """Host and port of HOST:PORT or [IPV6]:PORT; `option` names the source in the ConfigError otherwise."""
@@ -99,15 +114,37 @@ def parse_address(text: str, option: str) -> tuple[str, int]:
     if host.startswith("[") and host.endswith("]"):
         host = host[1:-1]
     elif ":" in host:
-        raise ConfigError(f"{option} {text}: put an IPv6 host in brackets: [{host}]:{port_text}")
+        raise ConfigError(f"{option} {text!r}: put an IPv6 host in brackets: [{host}]:{port_text}")
     if not (colon and host and port_text.isascii() and port_text.isdigit() and int(port_text) <= 65535):
-        raise ConfigError(f"{option} {text}: expected HOST:PORT with a port up to 65535, such as 127.0.0.1:50051")
+        raise ConfigError(f"{option} {text!r}: expected HOST:PORT with a port up to 65535, such as 127.0.0.1:50051")
     return host, int(port_text)
 
 
 def format_address(host: str, port: int) -> str:
     """HOST:PORT, with brackets around an IPv6 host."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def check_free(host: str, port: int) -> None:
+    """Raises PortInUseError saying why nothing can listen there, which gRPC itself only logs."""
+    found, errors = [], []
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as error:
+        errors.append(error)
+    for family, kind, protocol, _, address in found:
+        try:
+            with socket.socket(family, kind, protocol) as probe:
+                # As gRPC does: connections of a server that is gone do not hold its port.
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(address)
+        except OSError as error:
+            errors.append(error)
+    # A name may have an address, of IPv6 say, that this machine has not; but none may be taken.
+    taken = [error for error in errors if error.errno == errno.EADDRINUSE]
+    if taken or len(errors) >= max(1, len(found)):
+        reason = (taken or errors)[0]
+        raise PortInUseError(f"cannot listen on {format_address(host, port)}: {reason.strerror or reason}")
 
 
 def is_loopback(host: str) -> bool:
@@ -144,11 +181,10 @@ def channel(target: str, security: ClientSecurity) -> grpc.aio.Channel:
     """A client channel. Raises ConfigError for credentials that cannot be read."""
     if security.ca is None:
         return grpc.aio.insecure_channel(target, options=CLIENT_OPTIONS)
-    credentials = grpc.ssl_channel_credentials(
-        _read(security.ca, "--tls-ca"),
-        _read(security.key, "--tls-key") if security.key else None,
-        _read(security.certificate, "--tls-cert") if security.certificate else None,
-    )
+    key = certificate = None
+    if security.key is not None and security.certificate is not None:
+        key, certificate = _read_pair(security.key, security.certificate)
+    credentials = grpc.ssl_channel_credentials(_read_authority(security.ca, "--tls-ca"), key, certificate)
     return grpc.aio.secure_channel(target, credentials, options=CLIENT_OPTIONS)
 
 
@@ -157,8 +193,8 @@ def add_port(server: grpc.aio.Server, address: str, security: ServerSecurity) ->
     if security.certificate is None or security.key is None:
         port: int = server.add_insecure_port(address)
         return port
-    pair = (_read(security.key, "--tls-key"), _read(security.certificate, "--tls-cert"))
-    client_ca = _read(security.client_ca, "--tls-client-ca") if security.client_ca else None
+    pair = _read_pair(security.key, security.certificate)
+    client_ca = _read_authority(security.client_ca, "--tls-client-ca") if security.client_ca else None
     credentials = grpc.ssl_server_credentials([pair], client_ca, require_client_auth=client_ca is not None)
     secure_port: int = server.add_secure_port(address, credentials)
     return secure_port
@@ -169,6 +205,26 @@ def _read(path: Path, option: str) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise ConfigError(f"{option} {path}: {error.strerror or error}") from None
+
+
+def _read_pair(key: Path, certificate: Path) -> tuple[bytes, bytes]:
+    """A key and its certificate; gRPC would only log that they do not fit."""
+    pair = _read(key, "--tls-key"), _read(certificate, "--tls-cert")
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password="")
+    except ssl.SSLError:
+        text = f"--tls-cert {certificate} and --tls-key {key} are not a certificate and its key, in PEM, unencrypted"
+        raise ConfigError(text) from None
+    return pair
+
+
+def _read_authority(path: Path, option: str) -> bytes:
+    data = _read(path, option)
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cafile=path)
+    except ssl.SSLError:
+        raise ConfigError(f"{option} {path} holds no certificate in PEM") from None
+    return data
 
 
 def call_metadata(security: ClientSecurity) -> list[tuple[str, str]]:

@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import logging
 import os
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -19,14 +20,15 @@ from grpc_reflection.v1alpha import reflection
 
 from loscar_core import effects as fx
 from loscar_core.config import RunConfig, ServerLimits
-from loscar_core.errors import InterruptedRunError, PortInUseError, ServerLostError, WrongRunError
+from loscar_core.errors import ConfigError, InterruptedRunError, PortInUseError, ServerLostError, WrongRunError
 from loscar_core.saved_state import SavedState
 from loscar_core.server_machine import ServerMachine
 from loscar_core.server_state import Phase
 from loscar_core.state import Position
+from loscar_server.admission import StreamLimits
 from loscar_server.checkpoint import Checkpoints
 from loscar_server.events import EventLog
-from loscar_server.service import ParameterService, StreamLimits
+from loscar_server.service import ParameterService
 from loscar_wire._generated import parameter_server_pb2 as pb
 from loscar_wire.transport import (
     SERVER_OPTIONS,
@@ -34,6 +36,7 @@ from loscar_wire.transport import (
     ServerSecurity,
     add_port,
     check_exposure,
+    check_free,
     format_address,
     parse_address,
 )
@@ -78,9 +81,8 @@ def run_id_bytes(text: str | None) -> bytes:
     """16 bytes for a run's name: hexadecimal as it is, other text hashed, None at random."""
     if text is None:
         return os.urandom(16)
-    with contextlib.suppress(ValueError):
-        if len(text) == 32:
-            return bytes.fromhex(text)
+    if re.fullmatch(r"[0-9a-fA-F]{32}", text):
+        return bytes.fromhex(text)
     return hashlib.sha256(text.encode()).digest()[:16]
 
 
@@ -125,18 +127,37 @@ class ServerProcess:
         machine = ServerMachine(options.config, options.limits, run_id, time.monotonic(), saved)
         self.service = ParameterService(machine, options.security.token, self._note, options.guard)
         self._saving: asyncio.Task[None] | None = None
+        self._writing: asyncio.Future[Path] | None = None
+        self._saved: Position | None = None
         self._server: grpc.aio.Server | None = None
         self._ticking: asyncio.Task[None] | None = None
 
     def _saved_state(self, run_id: bytes) -> SavedState | None:
-        if self._checkpoints is None or not self._options.resume:
+        checkpoints, resume = self._checkpoints, self._options.resume
+        if checkpoints is None:
             return None
-        saved = self._checkpoints.newest()
-        if saved is None:
-            log.warning("no checkpoint to resume from in %s", self._checkpoints.folder)
-        elif self._options.run_id is not None and saved.run_id != run_id:
-            self._checkpoints.close()
-            raise WrongRunError(f"the checkpoint is of run {saved.run_id.hex()}, not {run_id.hex()}")
+        try:
+            there = len(checkpoints.paths())
+            if there and not resume:
+                raise ConfigError(
+                    f"{checkpoints.folder} holds checkpoints of a run: go on with --resume, or name another folder"
+                )
+            saved = checkpoints.newest() if resume else None
+            if saved is not None and self._options.run_id is not None and saved.run_id != run_id:
+                raise WrongRunError(f"the checkpoint is of run {saved.run_id.hex()}, not {run_id.hex()}")
+            if saved is None and there and self._options.run_id is None:
+                # Begun anew under another identity, no worker of the run could hand its state back.
+                raise ConfigError(
+                    f"none of the {there} checkpoints in {checkpoints.folder} is intact: give --run-id to recover the "
+                    "run from its workers, or name another folder to begin a new one"
+                )
+        except BaseException:
+            checkpoints.close()
+            raise
+        if saved is not None:
+            log.info("resuming run %s from its checkpoint at %s", saved.run_id.hex(), saved.replica.position)
+        elif resume:
+            log.warning("no checkpoint to resume from in %s", checkpoints.folder)
         return saved
 
     @property
@@ -161,6 +182,7 @@ class ServerProcess:
         """
         host, port = parse_address(self._options.listen, "--listen")
         check_exposure(host, self._options.security)
+        check_free(host, port)
         server = grpc.aio.server(options=SERVER_OPTIONS)
         server.add_generic_rpc_handlers((self.service.handler(),))
         checks = health.aio.HealthServicer()
@@ -172,8 +194,8 @@ class ServerProcess:
             bound = add_port(server, format_address(host, port), self._options.security)
         except RuntimeError:
             bound = 0
-        if bound == 0:
-            raise PortInUseError(f"cannot listen on {host}:{port}: it is taken, or not an address of this machine")
+        if bound == 0:  # taken just now
+            raise PortInUseError(f"cannot listen on {format_address(host, port)}")
         await server.start()
         for name in ("", SERVICE):
             await checks.set(name, health_pb2.HealthCheckResponse.SERVING)
@@ -188,28 +210,28 @@ class ServerProcess:
         return self.address
 
     async def _save_regularly(self, checkpoints: Checkpoints) -> None:
-        last = None
-        while True:
+        while not self.service.finished.is_set():
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.service.finished.wait(), self._options.checkpoint_every_s)
-            last = await self._save(checkpoints, last)
-            if self.service.finished.is_set():
-                return
+            await self._save(checkpoints)
 
-    async def _save(self, checkpoints: Checkpoints, last: Position | None) -> Position | None:
+    async def _save(self, checkpoints: Checkpoints) -> None:
         """Write a checkpoint off the loop, unless nothing has changed since the last one."""
         machine = self.service.machine
-        if machine.replica is None or machine.replica.position == last:
-            return last
-        state = machine.saved_state(time.monotonic())
-        assert state is not None
+        if machine.replica is None or machine.replica.position == self._saved:
+            return
         try:
-            path = await asyncio.to_thread(checkpoints.write, state)
-            log.debug("checkpoint %s", path)
-        except OSError as error:
-            log.error("no checkpoint could be written: %s; the previous ones are untouched", error.strerror or error)
-            return last
-        return state.replica.position
+            state = machine.saved_state(time.monotonic())
+            assert state is not None
+            self._writing = asyncio.ensure_future(asyncio.to_thread(checkpoints.write, state))
+            # A write cannot be cancelled half-way: whoever ends this task waits for it in `close`.
+            path = await asyncio.shield(self._writing)
+        except Exception as error:  # a run without checkpoints is better than none
+            reason = error.strerror if isinstance(error, OSError) else repr(error)
+            log.error("no checkpoint could be written: %s; the run goes on, the previous ones are untouched", reason)
+            return
+        self._saved = state.replica.position
+        log.debug("checkpoint %s", path)
 
     def _tick_ended(self, task: asyncio.Task[None]) -> None:
         # A machine that gets no time any more would hang the run without a word.
@@ -237,12 +259,15 @@ class ServerProcess:
         if self._saving is not None:
             self._saving.cancel()
             await asyncio.gather(self._saving, return_exceptions=True)
-        if self._checkpoints is not None:
-            await self._save(self._checkpoints, None)
+        if self._server is not None:
+            await self.service.shut_down()
+        if self._checkpoints is not None:  # now that no round is closed any more
+            if self._writing is not None:
+                await asyncio.gather(self._writing, return_exceptions=True)
+            await self._save(self._checkpoints)
             self._checkpoints.close()
             self._checkpoints = None
         if self._server is not None:
-            await self.service.shut_down()
             await self._server.stop(grace=0.5)
             self._server = None
         if self._events is not None:

@@ -7,11 +7,13 @@ previous ones untouched; a torn or corrupted file is noticed when it is read, an
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import re
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +51,9 @@ class Checkpoints:
         except OSError as error:
             raise ConfigError(f"checkpoints in {folder}: {error.strerror or error}") from None
         self._take_lock()
+        for part in folder.glob("state-*.part"):  # of a process that was killed while it wrote
+            with contextlib.suppress(OSError):
+                part.unlink()
 
     def _take_lock(self) -> None:
         try:
@@ -66,7 +71,7 @@ class Checkpoints:
         os.close(self._lock)
 
     def write(self, state: SavedState) -> Path:
-        """Write one checkpoint and drop the oldest beyond `keep`. Blocks on the disk: not for the event loop.
+        """Write one checkpoint and drop the older ones beyond `keep`. Blocks on the disk: not for the event loop.
 
         Raises:
             OSError: the disk is full or gone; the previous checkpoints are untouched.
@@ -81,13 +86,18 @@ class Checkpoints:
         # Positions grow with (epoch of the writer, round), so names sort by age.
         path = self.folder / f"state-{state.epoch:06d}-{replica.position.round:012d}.safetensors"
         part = path.with_suffix(".part")
-        with part.open("wb") as file:
-            file.write(save(arrays, metadata))
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
+        try:
+            with part.open("wb") as file:
+                file.write(save(arrays, metadata))
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                part.unlink()  # half a file would only keep the disk full
+            raise
         self._sync_folder()
-        for old in self.paths()[self.keep :]:
+        for old in [p for p in self.paths() if p.name < path.name][self.keep - 1 :]:
             old.unlink(missing_ok=True)
         return path
 
@@ -103,13 +113,26 @@ class Checkpoints:
         return sorted((p for p in self.folder.iterdir() if _NAME.fullmatch(p.name)), reverse=True)
 
     def newest(self) -> SavedState | None:
-        """The newest checkpoint that is intact; damaged ones are said and passed over."""
-        for path in self.paths():
+        """The newest checkpoint that is intact; damaged ones are said and passed over.
+
+        Its epoch is raised to that of the newest file: whoever goes on from here must not take the number of a
+        process whose checkpoint cannot be read.
+        """
+        paths = self.paths()
+        for path in paths:
             try:
-                return read(path)
+                saved = read(path)
             except (LoscarError, OSError) as error:
                 log.warning("checkpoint %s is damaged (%s): trying the one before it", path, error)
+                continue
+            return replace(saved, epoch=max(saved.epoch, _epoch_of(paths[0])))
         return None
+
+
+def _epoch_of(path: Path) -> int:
+    match = _NAME.fullmatch(path.name)
+    assert match is not None
+    return int(match[1])
 
 
 def read(path: Path) -> SavedState:
@@ -122,17 +145,16 @@ def read(path: Path) -> SavedState:
     try:
         with safe_open(path, framework="numpy") as file:
             texts = file.metadata() or {}
+            checksums = json.loads(texts["crc"])
+            metadata = json.loads(texts["loscar"])
             # Copied, since what the library hands out need not be writable.
             arrays: dict[str, Floats] = {name: file.get_tensor(name).copy() for name in file.keys()}  # noqa: SIM118
-        checksums = json.loads(texts["crc"])
-        metadata = json.loads(texts["loscar"])
-    except (SafetensorError, KeyError, ValueError) as error:
+    except KeyError as error:
+        raise ConfigError(f"not one of ours: it has no {error}") from None
+    except (SafetensorError, ValueError) as error:
         raise ConfigError(f"not a whole checkpoint: {error}") from None
-    if checksums.get("metadata") != zlib.crc32(texts["loscar"].encode()):
-        raise ConfigError("the checksum of its metadata is wrong")
-    for name, values in arrays.items():
-        if checksums.get(name) != _crc(values):
-            raise ConfigError(f"the checksum of {name} is wrong")
+    if checksums != {"metadata": zlib.crc32(texts["loscar"].encode()), **{n: _crc(v) for n, v in arrays.items()}}:
+        raise ConfigError("its checksums are wrong")
     if not {"vector", "statistics"} <= arrays.keys():
         raise ConfigError("an array is missing")
     return restore(metadata, arrays["vector"], arrays["statistics"], arrays.get("residual"))

@@ -10,29 +10,27 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 import grpc
 import numpy as np
 
 from loscar_core import effects as fx
-from loscar_core.errors import AuthenticationError, LoscarError, MalformedError, RefusedError, ServerLostError
-from loscar_core.messages import HeartbeatReply
+from loscar_core.errors import LoscarError, MalformedError, ServerLostError
+from loscar_core.messages import HeartbeatReply, Hello
+from loscar_core.replica import Floats
 from loscar_core.server_machine import ServerMachine
+from loscar_core.state import Position
+from loscar_server.admission import Context, Door, StreamLimits, stalled
 from loscar_server.status import status_of
 from loscar_wire._generated import parameter_server_pb2 as pb
 from loscar_wire.mapping import decode_worker_message, encode_server_message, layout_to_pb
 from loscar_wire.outbox import Outbox
 from loscar_wire.status import to_status
-from loscar_wire.transport import SERVICE, check_token
+from loscar_wire.transport import SERVICE
 
 log = logging.getLogger("loscar.server")
-
-HELLO_TIMEOUT_S = 10.0
-"""How long an open stream may stay without a hello."""
 
 GOODBYE_FLUSH_S = 5.0
 """How long a stream that ends politely may take to hand over what is queued."""
@@ -40,25 +38,15 @@ GOODBYE_FLUSH_S = 5.0
 MODEL_CHUNK_VALUES = 1 << 18
 MAX_TICK_S = 1.0
 
-Context = Any  # grpc.aio.ServicerContext, which is not typed
 
+@dataclass(slots=True)
+class _Stream:
+    """A member's stream, or one that may become it."""
 
-@dataclass(frozen=True, slots=True)
-class StreamLimits:
-    """What one server lets others do.
-
-    Attributes:
-        streams_per_host: open streams from one address.
-        joins_per_s: new streams in a second, from everywhere.
-    """
-
-    streams_per_host: int = 512
-    joins_per_s: int = 200
-
-
-def _host(peer: str) -> str:
-    """The address part of gRPC's peer text, such as ipv4:127.0.0.1:5000."""
-    return peer.rpartition(":")[0]
+    address: str
+    name: str = ""
+    outbox: Outbox = field(default_factory=Outbox)
+    closing: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class ParameterService:
@@ -84,13 +72,11 @@ class ParameterService:
         self.first_round = 0
         self.finished = asyncio.Event()
         self.stepped_down: str | None = None
-        self._token = token
+        self._door = Door(token, guard or StreamLimits())
         self._observe = observe
-        self._outboxes: dict[int, Outbox] = {}
+        self._streams: dict[int, _Stream] = {}
         self._peers = 0
-        self._guard = guard or StreamLimits()
-        self._hosts: Counter[str] = Counter()
-        self._recent_joins: deque[float] = deque()
+        self._copy: tuple[Position, Floats] | None = None  # of the model, while it is fetched
         self._no_streams = asyncio.Event()
         self._no_streams.set()
 
@@ -98,54 +84,28 @@ class ParameterService:
 
     async def train(self, _: AsyncIterator[bytes], context: Context) -> None:
         """One member's stream, from its hello to its end."""
-        await self._authenticate(context)
-        host = _host(context.peer())
-        await self._admit(host, context)
-        self._hosts[host] += 1
-        try:
-            await self._member_stream(context)
-        finally:
-            self._hosts[host] -= 1
-            if not self._hosts[host]:
-                del self._hosts[host]
+        async with self._door.member(context) as address:
+            await self._member_stream(_Stream(address), context)
 
-    async def _admit(self, host: str, context: Context) -> None:
-        """Refuse a stream beyond the limits, before anything is allocated for it."""
-        now = time.monotonic()
-        while self._recent_joins and now - self._recent_joins[0] > 1.0:
-            self._recent_joins.popleft()
-        error = None
-        if self._hosts[host] >= self._guard.streams_per_host:
-            error = RefusedError(f"{host} has {self._hosts[host]} streams already")
-        elif len(self._recent_joins) >= self._guard.joins_per_s:
-            error = RefusedError(f"more than {self._guard.joins_per_s} joins a second")
-        if error is not None:
-            self._count_refusal(error)
-            code, details = to_status(error)
-            await context.abort(code, details)
-        self._recent_joins.append(now)
-
-    def _count_refusal(self, error: LoscarError) -> None:
-        key = type(error).__name__
-        self.machine.refused[key] = self.machine.refused.get(key, 0) + 1
-
-    async def _member_stream(self, context: Context) -> None:
+    async def _member_stream(self, stream: _Stream, context: Context) -> None:
         self._peers += 1
-        peer = self._peers
-        outbox = self._outboxes[peer] = Outbox()
+        peer, outbox = self._peers, stream.outbox
+        self._streams[peer] = stream
         self._no_streams.clear()
-        reader = asyncio.create_task(self._read(peer, context), name=f"read {peer}")
+        reader = asyncio.create_task(self._read(peer, stream, context), name=f"read {peer}")
         writer = asyncio.create_task(self._write(peer, outbox, context), name=f"write {peer}")
+        # A peer that neither says nor takes anything keeps both of them waiting, also when its stream is to end.
+        closing = asyncio.create_task(stream.closing.wait(), name=f"closing {peer}")
         try:
-            await asyncio.wait({reader, writer}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({reader, writer, closing}, return_when=asyncio.FIRST_COMPLETED)
             if outbox.closing and outbox.error is None and not writer.done():
                 await asyncio.wait({writer}, timeout=GOODBYE_FLUSH_S)
         finally:
-            for task in (reader, writer):
+            for task in (reader, writer, closing):
                 task.cancel()
-            results = await asyncio.gather(reader, writer, return_exceptions=True)
-            del self._outboxes[peer]
-            if not self._outboxes:
+            results = await asyncio.gather(reader, writer, closing, return_exceptions=True)
+            del self._streams[peer]
+            if not self._streams:
                 self._no_streams.set()
             self._carry_out(self.machine.disconnected(peer, time.monotonic()))
         for result in results:
@@ -155,33 +115,38 @@ class ParameterService:
             code, details = to_status(outbox.error)
             await context.abort(code, details)
 
-    async def _authenticate(self, context: Context) -> None:
-        try:
-            check_token(context.invocation_metadata(), self._token)
-        except AuthenticationError as error:
-            self._count_refusal(error)
-            code, details = to_status(error)
-            await context.abort(code, details)
-
-    async def _read(self, peer: int, context: Context) -> None:
+    async def _read(self, peer: int, stream: _Stream, context: Context) -> None:
         first = asyncio.ensure_future(context.read())
-        done, _ = await asyncio.wait({first}, timeout=HELLO_TIMEOUT_S)
+        patience_s = self._door.limits.hello_s
+        done, _ = await asyncio.wait({first}, timeout=patience_s)
         if not done:
             first.cancel()
-            self._outboxes[peer].close(MalformedError(f"no hello within {HELLO_TIMEOUT_S:g} s"))
+            self._refuse(peer, MalformedError(f"no hello within {patience_s:g} s"))
             return
         data = first.result()
         while data is not grpc.aio.EOF:
             self.bytes_in += len(data)
-            now = time.monotonic()
-            try:
-                effects = self.machine.received(peer, decode_worker_message(data), now)
-            except LoscarError as error:
-                effects = self.machine.refuse(peer, error, now)
-            self._carry_out(effects)
-            if self._outboxes[peer].closing:
+            self._received(peer, stream, data)
+            if stream.outbox.closing:
                 return
             data = await context.read()
+
+    def _received(self, peer: int, stream: _Stream, data: bytes) -> None:
+        now = time.monotonic()
+        try:
+            message = decode_worker_message(data)
+            if isinstance(message, Hello):
+                stream.name = message.name
+            effects = self.machine.received(peer, message, now)
+        except LoscarError as error:
+            effects = self.machine.refuse(peer, error, now)
+        except Exception as error:
+            log.error("a message of %s %s broke the server's rules", stream.address, stream.name, exc_info=error)
+            effects = self.machine.refuse(peer, LoscarError(f"{type(error).__name__} in the server"), now)
+        self._carry_out(effects)
+
+    def _refuse(self, peer: int, error: LoscarError) -> None:
+        self._carry_out(self.machine.refuse(peer, error, time.monotonic()))
 
     async def _write(self, peer: int, outbox: Outbox, context: Context) -> None:
         def written(size: int) -> None:
@@ -196,23 +161,28 @@ class ParameterService:
         for effect in effects:
             match effect:
                 case fx.Send(peers, message):
-                    boxes = [self._outboxes[p] for p in peers if p in self._outboxes]
+                    boxes = [self._streams[p].outbox for p in peers if p in self._streams]
                     if boxes:
                         payload = encode_server_message(message)
                         urgent = isinstance(message, HeartbeatReply)
                         for box in boxes:
                             box.put(payload, urgent=urgent)
                 case fx.Close(peer, error, goodbye):
-                    outbox = self._outboxes.get(peer)
-                    if outbox is not None:
+                    stream = self._streams.get(peer)
+                    if stream is not None:
                         if goodbye is not None:
-                            outbox.put(encode_server_message(goodbye))
-                        outbox.close(error)
+                            stream.outbox.put(encode_server_message(goodbye))
+                        stream.outbox.close(error)
+                        stream.closing.set()
                 case _:
                     self._note(effect)
 
     def _note(self, effect: fx.ServerEffect) -> None:
         match effect:
+            case fx.Refused(peer, error):
+                stream = self._streams.get(peer)
+                if stream is not None:
+                    self._door.note(stream.address, stream.name, error)
             case fx.RoundCommitted(position):
                 self.first_round = self.first_round or position.round
             case fx.RunFinished():
@@ -228,11 +198,23 @@ class ParameterService:
 
     async def tick(self) -> None:
         """Feed the machine the time until cancelled."""
+        looked = time.monotonic()
         while True:
-            self._carry_out(self.machine.tick(time.monotonic()))
+            now = time.monotonic()
+            self._carry_out(self.machine.tick(now))
+            if now >= looked + MAX_TICK_S:
+                looked = now
+                self._drop_stalled(now)
             due = self.machine.next_wakeup()
             wait = MAX_TICK_S if due is None else min(MAX_TICK_S, max(0.001, due - time.monotonic()))
             await asyncio.sleep(wait)
+
+    def _drop_stalled(self, now: float) -> None:
+        """End streams that take nothing, whatever they go on saying."""
+        for peer, stream in list(self._streams.items()):
+            since = stream.outbox.busy_since
+            if since is not None and now >= since + self._door.limits.stall_s:
+                self._refuse(peer, stalled(self._door.limits.stall_s))
 
     def stop(self, why: str) -> None:
         """End the run after the open round."""
@@ -250,47 +232,59 @@ class ParameterService:
 
     # --- other calls ----------------------------------------------------------------------------------------
 
-    async def status(self, _: pb.StatusRequest, context: Context) -> pb.StatusReply:
-        await self._authenticate(context)
-        return status_of(self.machine, time.monotonic(), self.bytes_in, self.bytes_out, self.first_round)
+    async def status(self, data: bytes, context: Context) -> pb.StatusReply:
+        await self._door.request(pb.StatusRequest, data, context)
+        now, refusals = time.monotonic(), self._door.refusals
+        return status_of(self.machine, now, self.bytes_in, self.bytes_out, self.first_round, refusals)
 
-    async def stop_run(self, request: pb.StopRequest, context: Context) -> pb.StopReply:
-        await self._authenticate(context)
-        self.stop(request.why[:500] or "asked to stop")
+    async def stop_run(self, data: bytes, context: Context) -> pb.StopReply:
+        request = await self._door.request(pb.StopRequest, data, context)
+        self.stop("".join(c if c.isprintable() else "?" for c in request.why[:500]) or "asked to stop")
         return pb.StopReply()
 
-    async def fetch_model(self, _: pb.FetchModelRequest, context: Context) -> AsyncIterator[pb.ModelChunk]:
-        """The consensus as of one commit: copied first, since rounds go on while it is sent."""
-        await self._authenticate(context)
-        state, layout = self.machine.replica, self.machine.layout
-        if state is None or layout is None:
-            code, details = to_status(ServerLostError("this server has no model yet"))
-            await context.abort(code, details)
-            return
-        position = pb.Position(epoch=state.position.epoch, round=state.position.round)
-        values = np.concatenate([state.vector, state.statistics])
+    async def fetch_model(self, data: bytes, context: Context) -> None:
+        """The consensus as of one commit: a copy, since rounds go on while it is sent."""
+        await self._door.request(pb.FetchModelRequest, data, context)
+        try:
+            async with self._door.fetch(context):
+                await self._send_model(context)
+        finally:
+            if not self._door.fetching:
+                self._copy = None
+
+    async def _send_model(self, context: Context) -> None:
+        layout, copied = self.machine.layout, self._model_copy()
+        if copied is None or layout is None:
+            await self._door.refuse(context, ServerLostError("this server has no model yet"))
+        position, values = copied
         for start in range(0, values.size, MODEL_CHUNK_VALUES):
-            chunk = pb.ModelChunk(
-                total=values.size, offset=start, values=values[start : start + MODEL_CHUNK_VALUES].tobytes()
-            )
+            payload = values[start : start + MODEL_CHUNK_VALUES].tobytes()
+            chunk = pb.ModelChunk(total=values.size, offset=start, values=payload)
             if start == 0:
                 chunk.layout.CopyFrom(layout_to_pb(layout))
-                chunk.position.CopyFrom(position)
-            yield chunk
+                chunk.position.CopyFrom(pb.Position(epoch=position.epoch, round=position.round))
+            await self._door.taken(context, chunk.SerializeToString())
+
+    def _model_copy(self) -> tuple[Position, Floats] | None:
+        """The model as of the last commit; whoever fetches it before the next one shares the copy."""
+        state = self.machine.replica
+        if state is None:
+            return None
+        if self._copy is None or self._copy[0] != state.position:
+            self._copy = state.position, np.concatenate([state.vector, state.statistics])
+        return self._copy
 
     def handler(self) -> grpc.GenericRpcHandler:
-        """Everything above under its method names. Train's messages stay bytes: mapping them is ours."""
+        """Everything above under its method names. Messages stay bytes: what is none is ours to refuse."""
         methods = {
             "Train": grpc.stream_stream_rpc_method_handler(self.train),
             "Status": grpc.unary_unary_rpc_method_handler(
-                self.status, pb.StatusRequest.FromString, pb.StatusReply.SerializeToString
+                self.status, response_serializer=pb.StatusReply.SerializeToString
             ),
             "Stop": grpc.unary_unary_rpc_method_handler(
-                self.stop_run, pb.StopRequest.FromString, pb.StopReply.SerializeToString
+                self.stop_run, response_serializer=pb.StopReply.SerializeToString
             ),
-            "FetchModel": grpc.unary_stream_rpc_method_handler(
-                self.fetch_model, pb.FetchModelRequest.FromString, pb.ModelChunk.SerializeToString
-            ),
+            "FetchModel": grpc.unary_stream_rpc_method_handler(self.fetch_model),
         }
         handler: grpc.GenericRpcHandler = grpc.method_handlers_generic_handler(SERVICE, methods)
         return handler

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from loscar_core.config import PROTOCOL_VERSION
 from loscar_core.server_machine import ServerMachine
+from loscar_server.refusals import Refusals
 from loscar_wire._generated import parameter_server_pb2 as pb
 from loscar_wire.mapping import config_to_pb, report_to_pb
 
 
-def status_of(machine: ServerMachine, now: float, bytes_in: int, bytes_out: int, first_round: int) -> pb.StatusReply:
-    """The reply to a status call, from the machine's state."""
+def status_of(
+    machine: ServerMachine,
+    now: float,
+    bytes_in: int,
+    bytes_out: int,
+    first_round: int,
+    refusals: Refusals | None = None,
+) -> pb.StatusReply:
+    """The reply to a status call, from the machine's state and what the transport counts, if there is one."""
     state = machine.replica
     reply = pb.StatusReply(
         run_id=machine.run_id,
@@ -20,7 +28,7 @@ def status_of(machine: ServerMachine, now: float, bytes_in: int, bytes_out: int,
         elapsed_s=machine.elapsed_s(now),
         dimension=machine.layout.dimension if machine.layout else 0,
         config=config_to_pb(machine.config),
-        refused=machine.refused,
+        refused=machine.refused if refusals is None else refusals.by_kind(),
         stop_reason=machine.stop_reason or "",
         first_round=first_round,
         bytes_in=bytes_in,
@@ -41,6 +49,10 @@ def status_of(machine: ServerMachine, now: float, bytes_in: int, bytes_out: int,
             overlap_steps=m.overlap_steps,
             report=report_to_pb(m.report),
             observer=m.observer,
+        )
+    for r in refusals.entries() if refusals is not None else ():
+        reply.refusals.add(
+            address=r.address, name=r.name, kind=r.kind, count=r.count, detail=r.detail, ago_s=now - r.at_s
         )
     for d in machine.members.departures:
         reply.departures.add(name=d.name, slot=d.slot, reason=d.reason.value, detail=d.detail, ago_s=now - d.at_s)

@@ -192,11 +192,11 @@ class Book:
                 assert not seen.get(taken, 0) & mask
                 seen[taken] = seen.get(taken, 0) | mask
                 total += taken.dense(mask) / each.members
-        lost = np.zeros(total.size)
+        lost = np.zeros(total.size) if node.residual is None else node.residual.astype(np.float64)
         for before, each in pairwise(chain):
             # What quantisation left with the server is lost with the server: it stays in nobody's state.
-            if before.residual is not None and (each.position.epoch != before.position.epoch or each is node):
-                lost += (each if each is node else before).residual
+            if before.residual is not None and each.position.epoch != before.position.epoch:
+                lost += before.residual
         np.testing.assert_allclose(node.vector, total - lost, rtol=0, atol=tolerance)
 
 

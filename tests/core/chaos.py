@@ -15,7 +15,9 @@ from cluster import Cluster, SimWorker
 
 from loscar_core.config import RunConfig, ServerLimits
 from loscar_core.errors import LoscarError, RefusedError, SupersededError, WrongRoundError
+from loscar_core.messages import WorkerReport
 from loscar_core.selection import SelectionKind
+from loscar_core.server_machine import ServerMachine
 from loscar_core.server_state import Phase
 from loscar_core.values import ValueType
 
@@ -31,6 +33,10 @@ class Chaos:
         cuts, kills, crashes: how often at most.
         zombies: a dead server may only have been cut off: it goes on with what it has received, and workers may
             come back to it by mistake.
+        standby: there is a second address with a server that waits; workers try the two in turn, and do not stay
+            where there is no run for long. A server that died is away for a while, so the run moves between the two.
+        replays: how likely a worker sends again what it has sent before.
+        jumps: how likely the clock leaps ahead, now and then beyond all leases; workers send heartbeats.
         deadlines: rounds do not wait for everybody.
         slow: some workers train or receive much more slowly than others.
         backlog: `max_backlog_rounds`.
@@ -48,6 +54,9 @@ class Chaos:
     kills: int = 4
     crashes: int = 3
     zombies: bool = False
+    standby: bool = False
+    replays: float = 0.0
+    jumps: float = 0.0
     deadlines: bool = False
     slow: bool = False
     backlog: int = 8
@@ -63,14 +72,19 @@ class Chaos:
     limits: dict[str, float] = field(default_factory=dict)
     events: int = 150_000
 
-    def run(self, seed: int) -> Cluster:
+    def run(self, seed: int, *, watchful: bool = True) -> Cluster:
         """One whole run.
+
+        Args:
+            watchful: check everything whenever it changes, and not only at the end.
 
         Raises:
             AssertionError: a property is violated, or the run does not end.
             LoscarError: somebody was refused who should not have been.
         """
-        return _Schedule(self, seed).run()
+        schedule = _Schedule(self, seed)
+        schedule.cluster.watchful = watchful
+        return schedule.run()
 
 
 class _Schedule:
@@ -90,7 +104,7 @@ class _Schedule:
         )
         limits = ServerLimits(
             workers=n,
-            lease_s=1e6,
+            lease_s=30.0 if chaos.jumps else 1e6,
             heartbeat_s=1.0,
             round_cap_s=2.0 if chaos.deadlines else 1e6,
             recover_after_s=100.0,
@@ -103,6 +117,7 @@ class _Schedule:
             n, config, dimension=chaos.dimension, statistics=pick(chaos.statistics), seed=seed, limits=limits
         )
         self.cluster.late_snapshots = chaos.late_snapshots
+        self.cluster.retried = (RefusedError,)
         for i in range(chaos.observers):
             self.cluster.add_worker(f"o{i}", observer=True)
         if chaos.slow:
@@ -113,10 +128,19 @@ class _Schedule:
         self.cuts = self.kills = self.crashes = 0
         self.stopping = False
         self.away: dict[SimWorker, float] = {}
+        self.addresses: list[ServerMachine | None] = [self.cluster.server]
+        self.dead: ServerMachine | None = None
+        self.returns = 0.0
+        """When the address at which nobody answers does so again."""
+        self.tried: dict[SimWorker, int] = {}
+        self.patience: dict[SimWorker, float] = {}
+        if chaos.standby:
+            self.addresses.append(self.cluster.add_standby())
+            self.cluster.retried = (WrongRoundError, RefusedError)  # who has lost its way tries the next address
 
     def run(self) -> Cluster:
         cluster = self.cluster
-        cluster.expected = (SupersededError, RefusedError) if self.chaos.crash else ()
+        cluster.expected = (SupersededError,) if self.chaos.crash else ()
         for worker in cluster.workers:
             cluster.connect(worker)
         for _ in range(self.chaos.events):
@@ -147,7 +171,7 @@ class _Schedule:
         if self.joiners and chance() < 0.003 and self._round() > 0:
             self.joiners -= 1
             joiner = cluster.add_worker(f"j{self.joiners}", seed=self.joiners + 1)
-            cluster.connect(joiner)
+            self._come_back(joiner)
         if chance() < chaos.crash and self.crashes < chaos.crashes and cluster.machine.phase is Phase.RUNNING:
             worker = self.random.choice(cluster.workers)
             if not worker.out and not worker.observer and self._may_go(worker, forever=True):
@@ -155,14 +179,83 @@ class _Schedule:
                 self._come_back(cluster.crash(worker, noticed=chance() < 0.5))
         if chance() < chaos.kill and self.kills < chaos.kills and self._covered():
             self.kills += 1
-            zombie = chaos.zombies and self._round() > 0 and chance() < 0.5
             self._choose_comebacks()
-            cluster.kill_server(zombie=zombie)
-            cluster.start_server()
+            self._kill(zombie=chaos.zombies and self._round() > 0 and chance() < 0.5)
             self.stopping = False
         if chaos.stops and not self.stopping and self._round() > chaos.rounds // 3 and chance() < 0.005:
             self.stopping = True
             cluster.carry_out(cluster.machine, cluster.machine.request_stop("enough", cluster.now))
+
+        if chaos.standby:
+            self._failover()
+        if chance() < chaos.replays:
+            self._replay(self.random.choice(cluster.workers))
+        if chaos.jumps:
+            self._beat_and_jump()
+
+    def _kill(self, *, zombie: bool) -> None:
+        cluster = self.cluster
+        if not self.chaos.standby:
+            cluster.kill_server(zombie=zombie)
+            cluster.start_server()
+            return
+        dead = cluster.machine
+        at = self.addresses.index(dead)
+        cluster.kill_server(zombie=zombie)
+        if None in self.addresses:
+            self._restart()
+        self.dead, self.addresses[at] = dead if zombie else None, None
+        self.returns = cluster.now + self.random.choice([0.0, 5.0, 20.0])
+        other = next(s for s in self.addresses if s is not None)
+        cluster.zombies.remove(other)
+        cluster.server = other
+
+    def _restart(self) -> None:
+        """Somebody answers again at the address that was silent: a new process, or the old one with all it knew."""
+        cluster, silent = self.cluster, self.addresses.index(None)
+        if self.dead is None:
+            self.addresses[silent] = cluster.add_standby()
+        else:
+            self.addresses[silent] = self.dead  # it has been among the zombies all the while
+
+    def _failover(self) -> None:
+        """The server that holds the run is the one that is meant; workers leave the other one before long."""
+        cluster = self.cluster
+        if None in self.addresses and cluster.now >= self.returns:
+            self._restart()
+        for other in [s for s in self.addresses if s is not None and s is not cluster.server]:
+            ours = cluster.machine
+            if other.replica is not None and (ours.replica is None or other.epoch > ours.epoch):
+                cluster.zombies.remove(other)
+                cluster.zombies.append(ours)
+                cluster.server = other
+        for worker in cluster.workers:
+            stream = worker.stream
+            if stream is None or worker.engine.plan is not None or worker.out:
+                self.patience.pop(worker, None)
+                continue
+            first = stream.server is self.addresses[0]
+            until = self.patience.setdefault(worker, cluster.now + self.random.uniform(0.5, 1.5) * (9 if first else 3))
+            if cluster.now >= until:
+                cluster.cut(worker, noticed=self.random.random() < 0.5)
+
+    def _replay(self, worker: SimWorker) -> None:
+        """The worker sends something again that it has sent to this server before."""
+        engine, stream = worker.engine, worker.stream
+        records = [r for r in engine.ledger.all() if r.messages[0].epoch == engine.epoch]
+        if stream is None or not records or worker.followed is not stream.server:
+            return
+        record = self.random.choice(records)
+        if record.decided or (worker.open is not None and worker.open.plan == record.plan):
+            stream.up.extend(record.messages)
+
+    def _beat_and_jump(self) -> None:
+        cluster = self.cluster
+        worker = self.random.choice(cluster.workers)
+        if worker.stream is not None and self.random.random() < 0.1:
+            worker.stream.up.append(worker.engine.heartbeat(0, WorkerReport()))
+        if self.random.random() < self.chaos.jumps and cluster.machine.phase is Phase.RUNNING and self._covered():
+            cluster.pass_time(self.random.choice([1.0, 20.0, 100.0]))
 
     def _round(self) -> int:
         state = self.cluster.machine.replica
@@ -182,6 +275,12 @@ class _Schedule:
         """Connect, now and then to a server that others have left behind: it must not get a worker that has been at
         its successor."""
         cluster = self.cluster
+        if self.chaos.standby:
+            attempt = self.tried[worker] = self.tried.get(worker, -1) + 1
+            server = self.addresses[attempt % len(self.addresses)]
+            if server is not None:
+                cluster.connect(worker, server)
+            return
         for zombie in cluster.zombies:
             if worker.followed is cluster.machine and self.random.random() < 0.3:
                 expected, cluster.expected = cluster.expected, (WrongRoundError,)

@@ -12,26 +12,22 @@ A `Book` is kept beside it, and every replica, ledger and live model is checked 
 from __future__ import annotations
 
 import random
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
-from book import Book, Node, Taken
+from audit import Audit
+from book import Book
+from sim_worker import SimWorker, Stream
 
 from loscar_core import effects as fx
 from loscar_core import worker_effects as we
 from loscar_core.config import RunConfig, ServerLimits
 from loscar_core.errors import LoscarError, WrongRoundError
 from loscar_core.layout import Layout, Segment
-from loscar_core.merge import MergeKind, merge
-from loscar_core.messages import Goodbye, Purpose, ServerMessage, VectorChunk, WorkerMessage
-from loscar_core.plan import RoundKind
+from loscar_core.messages import Goodbye, Purpose, VectorChunk
 from loscar_core.server_machine import ServerMachine
-from loscar_core.server_members import MemberState
 from loscar_core.server_round import ServerRound
-from loscar_core.server_state import Phase
-from loscar_core.worker_cycle import Action, Cycle, Situation
 from loscar_core.worker_engine import WorkerEngine
 
 RUN = b"r" * 16
@@ -53,216 +49,7 @@ class BookedMachine(ServerMachine):
         self.book.committed(self, current, parent, since)
 
 
-@dataclass(eq=False)
-class Stream:
-    """One connection between a worker and a server."""
-
-    peer: int
-    worker: SimWorker
-    server: ServerMachine
-    up: deque[WorkerMessage] = field(default_factory=deque)
-    outbox: deque[ServerMessage] = field(default_factory=deque)
-    wire: deque[ServerMessage] = field(default_factory=deque)
-    closing: bool = False
-    """The server has ended it; what is queued still goes out."""
-
-    @property
-    def down(self) -> list[ServerMessage]:
-        return [*self.wire, *self.outbox]
-
-
-@dataclass(eq=False)
-class SimWorker:
-    """A worker whose model is a vector and whose training is adding random steps."""
-
-    name: str
-    engine: WorkerEngine
-    live: np.ndarray
-    rng: np.random.Generator
-    statistics: np.ndarray
-    local_steps: int | None = 1
-    overlap_steps: int | None = None
-    observer: bool = False
-    stream: Stream | None = None
-    followed: ServerMachine | None = None
-    """The server whose rounds it has taken part in last."""
-    updates: deque[we.Update] = field(default_factory=deque)
-    open: we.RoundOpen | None = None
-    pending: tuple[we.RoundOpen, np.ndarray, np.ndarray, bytes] | None = None
-    progress_wanted: bool = False
-    speed: float = 1.0
-    """Share of its chances to train that it takes."""
-    link: float = 1.0
-    """Share of its chances to receive."""
-    cycle: Cycle | None = None
-    ended: bool = False
-    consensus: np.ndarray | None = None
-    finished: bool = False
-    crashed: bool = False
-    error: LoscarError | None = None
-    progress: np.ndarray = field(default_factory=lambda: np.zeros(0))
-    """Sum of its local steps since it took over the run's model, float64."""
-    merged_round: int = 0
-    history: list[we.Update] = field(default_factory=list)
-    keep_history: bool = False
-
-    @property
-    def peer(self) -> int | None:
-        return None if self.stream is None else self.stream.peer
-
-    @property
-    def out(self) -> bool:
-        """Nothing more is to be expected of it."""
-        return self.finished or self.crashed or self.error is not None
-
-    def train(self) -> None:
-        """One boundary: everything that the cycle wants done, then one local step."""
-        assert self.cycle is not None
-        if self.observer:
-            while self.updates:
-                self.merge()
-            return
-        for _ in range(100):
-            action = self.cycle.next(self.situation(), 0.0)
-            if action is Action.MERGE:
-                self.merge()
-            elif action is Action.SNAPSHOT:
-                self.gather()
-            else:
-                break
-            if self.finished:
-                return
-        else:
-            raise AssertionError("the cycle never trains")
-        if self.progress_wanted and not self.updates and self.pending is None:
-            self.progress_wanted = False
-            self.carry_out(self.engine.progress(self.live))
-        if action is Action.TRAIN:
-            self.step()
-
-    def step(self) -> None:
-        assert self.cycle is not None
-        step = self.rng.normal(size=self.live.size).astype(np.float32)
-        self.live += step
-        self.progress += step
-        self.statistics = self.statistics + self.rng.normal(size=self.statistics.size).astype(np.float32)
-        self.cycle.stepped()
-
-    def situation(self) -> Situation:
-        update = self.updates[0] if self.updates else None
-        ready = self.open is not None and not self.open.contributed and not self.updates and self.pending is None
-        final = self.open is not None and self.open.plan.kind is RoundKind.FINAL and not self.updates
-        return Situation(
-            update_round=None if update is None else update.round,
-            update_is_own=update is not None and update.settles is not None and update.round > 0,
-            plan_round=self.open.plan.round if ready and self.open else None,
-            final=final,
-        )
-
-    def gather(self) -> None:
-        """Take the values off the model; they are handed over later, as by another thread."""
-        assert self.open is not None
-        assert self.cycle is not None
-        opened, self.open = self.open, replace(self.open, contributed=True)
-        base = self.engine.anchor.vector.tobytes()
-        self.pending = opened, self.live[opened.indices], self.statistics.copy(), base
-        self.cycle.took_snapshot(opened.plan.round)
-
-    def hand_over(self, book: Book | None) -> None:
-        """The engine gets the snapshot."""
-        assert self.pending is not None
-        assert self.cycle is not None
-        opened, values, statistics, base = self.pending
-        self.pending = None
-        before = self.engine.ledger.sent
-        effects = self.engine.snapshot(opened.plan.round, values, statistics, 1, 0, opening=opened.opening)
-        if effects is None:
-            self.cycle.rejected(opened.plan.round)
-            return
-        if self.engine.ledger.sent == before:
-            return  # taken before
-        assert self.engine.anchor.vector.tobytes() == base, "a snapshot was compared with another anchor than its own"
-        record = self.engine.ledger.records[opened.plan.round]
-        if book is not None:
-            book.take(
-                Taken(
-                    self.engine.incarnation,
-                    record.plan,
-                    record.indices.copy(),
-                    record.sent.copy(),
-                    statistics,
-                    record.parts,
-                    record.messages,
-                    self.live.size,
-                )
-            )
-        self.carry_out(effects)
-
-    def apply(self, live: np.ndarray, update: we.Update) -> np.ndarray:
-        """The live vector after an update; a new one."""
-        assert self.engine.config is not None
-        live = live.copy()
-        kind = self.engine.config.merge if update.plan is not None else MergeKind.DELAY_CORRECTED
-        at = slice(None) if update.indices is None else update.indices
-        if update.plan is not None and update.plan.kind is RoundKind.FINAL:
-            live[at] = update.new_anchor
-        else:
-            live[at] = merge(kind, live[at], update.anchor, update.new_anchor, update.sent)
-        return live
-
-    def merge(self) -> None:
-        update = self.updates.popleft()
-        self.live = self.apply(self.live, update)
-        if update.statistics is not None:
-            self.statistics = update.statistics.copy()
-        if update.round:
-            self.merged_round = update.round
-        if self.keep_history:
-            self.history.append(update)
-        assert self.cycle is not None
-        self.cycle.merged(own=update.settles is not None, now=0.0)
-        self.finish()
-
-    def finish(self) -> None:
-        if self.ended and not self.updates:
-            self.finished = True
-            if self.consensus is not None:
-                self.live = self.consensus.copy()
-
-    def carry_out(self, effects: list[we.WorkerEffect]) -> None:
-        for effect in effects:
-            match effect:
-                case we.Emit(message):
-                    if self.stream is not None:
-                        self.stream.up.append(message)
-                case we.Initialise(vector, statistics):
-                    self.live, self.statistics = vector.copy(), statistics.copy()
-                    self.progress = np.zeros(self.live.size)
-                    self.cycle = Cycle(self.local_steps, 1.0, self.overlap_steps, 0.0)
-                case we.RoundOpen():
-                    self.open = effect
-                    self.followed = None if self.stream is None else self.stream.server
-                    if effect.contributed and self.cycle and self.cycle.in_flight is None:
-                        self.cycle.took_snapshot(effect.plan.round)
-                case we.Update():
-                    self.updates.append(effect)
-                case we.ProgressWanted():
-                    self.progress_wanted = True
-                case we.RunEnded(vector, _):
-                    self.ended, self.consensus = True, vector
-                    self.finish()
-                case _:
-                    pass
-
-    def settled(self) -> np.ndarray:
-        """The live vector as it will be once everything that waits is merged."""
-        live = self.live
-        for update in self.updates:
-            live = self.apply(live, update)
-        return self.consensus if self.ended and self.consensus is not None else live
-
-
-class Cluster:
+class Cluster(Audit):
     """The servers, the workers and the wires between them."""
 
     def __init__(
@@ -277,6 +64,7 @@ class Cluster:
         identical: bool = True,
         booked: bool = True,
     ) -> None:
+        super().__init__()
         self.config = config
         self.limits = limits or ServerLimits(
             workers=workers, lease_s=1e6, round_cap_s=1e6, recover_after_s=1e9, start_grace_s=0.5
@@ -290,8 +78,8 @@ class Cluster:
         self.book = Book() if booked else None
         self.now = 0.0
         self.expected: tuple[type[LoscarError], ...] = ()
+        self.retried: tuple[type[LoscarError], ...] = ()
         self.late_snapshots = False
-        self.tolerance = 1e-3
         self.events: list[fx.ServerEffect] = []
         self._peers = 0
         self.streams: dict[int, Stream] = {}
@@ -388,9 +176,19 @@ class Cluster:
         self.server = None
 
     def start_server(self) -> ServerMachine:
-        self.server = BookedMachine(self.config, self.limits, RUN, self.now)
-        self.server.book = self.book
+        self.server = self._new_server()
         return self.server
+
+    def add_standby(self) -> ServerMachine:
+        """A server beside the one that has the run."""
+        server = self._new_server()
+        self.zombies.append(server)
+        return server
+
+    def _new_server(self) -> ServerMachine:
+        server = BookedMachine(self.config, self.limits, RUN, self.now)
+        server.book = self.book
+        return server
 
     # --- what the machines want -----------------------------------------------------------------------------
 
@@ -408,6 +206,7 @@ class Cluster:
                     self._close(peer, error, goodbye)
                 case _:
                     self.events.append(effect)
+                    self.note(server, effect)
 
     def _close(self, peer: int, error: LoscarError | None, goodbye: Goodbye | None) -> None:
         stream = self.streams.get(peer)
@@ -420,8 +219,10 @@ class Cluster:
             if not stream.down:
                 self._worker_lost(stream)
             return
-        stream.worker.error = error
         self._worker_lost(stream)
+        if isinstance(error, self.retried):
+            return
+        stream.worker.error = error
         if not isinstance(error, self.expected):
             raise error
 
@@ -469,7 +270,7 @@ class Cluster:
             # What a live worker gave it counts as its own.
             worker.progress += sum(e.new_anchor for e in effects if isinstance(e, we.Update))
         worker.carry_out(effects)
-        self.check_worker(worker)
+        self.look_at(worker)
         if stream.closing and not stream.down and worker.stream is stream:
             self._worker_lost(stream)
 
@@ -490,18 +291,30 @@ class Cluster:
         worker.train()
         if worker.pending is not None and not self.late_snapshots:
             worker.hand_over(self.book)
-        self.check_worker(worker)
+        self.look_at(worker)
 
     def hand_over(self, worker: SimWorker) -> None:
         if worker.pending is not None:
             worker.hand_over(self.book)
-            self.check_worker(worker)
+            self.look_at(worker)
 
     def tick(self, seconds: float = 0.0) -> None:
         self.now += seconds
         for server in [self.server, *self.zombies]:
             if server is not None:
                 self.carry_out(server, server.tick(self.now))
+
+    def pass_time(self, seconds: float) -> None:
+        """Servers wake up when something is due."""
+        self.now += seconds
+        for server in [self.server, *self.zombies]:
+            if server is None:
+                continue
+            due = server.next_wakeup()
+            if due is not None and due <= self.now:
+                self.carry_out(server, server.tick(self.now))
+            if self.watchful:
+                self.check_waiting(server)
 
     def step(self) -> None:
         """One random event."""
@@ -521,11 +334,7 @@ class Cluster:
             self.haunt()
         elif self.random.random() < worker.speed:
             self.train(worker)
-        self.now += 0.01
-        if self.server is not None:
-            due = self.server.next_wakeup()
-            if due is not None and due <= self.now:
-                self.tick()
+        self.pass_time(0.01)
 
     def run(self, most: int = 300_000, until: Callable[[], bool] | None = None) -> None:
         """Random events until a condition holds, or every worker is finished."""
@@ -567,64 +376,13 @@ class Cluster:
             ]
         return "\n".join(lines)
 
-    # --- checks ---------------------------------------------------------------------------------------------
 
-    @property
-    def finished(self) -> bool:
-        return self.server is not None and self.server.phase is Phase.FINISHED
-
-    def check_worker(self, worker: SimWorker) -> None:
-        """(b), (c) and (e) for one worker, at any moment."""
-        engine = worker.engine
-        if self.book is None or not engine.initialised or worker.crashed:
-            return
-        anchor, ledger = engine.anchor, engine.ledger
-        node = self.book.node_of(anchor)
-        assert node is not None, f"{worker.name} holds {anchor.position}, which nobody committed"
-        self.book.check_equal(anchor, node, worker.name)
-        taken = self.book.taken.get(engine.incarnation, [])
-        assert ledger.sent == len(taken)
-        assert ledger.included == node.count.get(engine.incarnation, 0), "included"
-        assert ledger.returned + ledger.outstanding == len(taken) - ledger.included
-        assert min(ledger.included, ledger.returned, ledger.outstanding) >= 0
-        settled = worker.settled()
-        final = node.plan is not None and node.plan.kind is RoundKind.FINAL
-        if final or (worker.ended and worker.consensus is not None):
-            assert settled.tobytes() == anchor.vector.tobytes(), "the end is not the consensus"
-            return
-        if engine.config is not None and engine.config.merge is MergeKind.DELAY_CORRECTED:
-            own = node.own.get(engine.incarnation, 0.0)
-            left = settled - anchor.vector.astype(np.float64) - (worker.progress - own)
-            worst = float(np.abs(left).max())
-            scale = 1 + float(np.abs(worker.progress).max()) / 10
-            assert worst <= self.tolerance * scale, f"{worker.name} at {anchor.position}: the ledger is off by {worst}"
-
-    def check(self) -> None:
-        """Everything, at any moment."""
-        if self.server is not None and self.server.replica is not None:
-            self.check_server(self.server)
-        for worker in self.workers:
-            self.check_worker(worker)
-
-    def check_server(self, server: ServerMachine) -> Node:
-        assert self.book is not None
-        assert server.replica is not None
-        node = self.book.hold(server)
-        self.book.check_equal(server.replica, node, "the server")
-        return node
-
-    def check_end(self) -> None:
-        """Everything about a finished run: every worker that is left holds the consensus."""
-        self.check()
-        assert self.book is not None
-        self.book.check_total(self.check_server(self.machine), self.tolerance)
-
-    def active(self) -> list[SimWorker]:
-        """Workers that the server counts."""
-        if self.server is None:
-            return []
-        states = {m.incarnation: m.state for m in self.server.members.by_peer.values()}
-        return [w for w in self.workers if states.get(w.engine.incarnation) is MemberState.ACTIVE]
+def cluster_of(n: int, *, seed: int = 0, schedule: int = 0, **config: Any) -> Cluster:
+    """A connected cluster of short runs; `schedule` seeds the order of events, `seed` everything else."""
+    made = Cluster(n, RunConfig(**({"seed": 5, "rounds": 6} | config)), seed=seed)
+    made.random = random.Random(schedule)
+    made.connect_all()
+    return made
 
 
-__all__ = ["RUN", "BookedMachine", "Cluster", "SimWorker", "Stream"]
+__all__ = ["RUN", "BookedMachine", "Cluster", "SimWorker", "Stream", "cluster_of"]

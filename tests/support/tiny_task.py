@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import time
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from loscar_worker.tasks.base import ArrayDataset, Task
+from loscar_worker.tasks.base import ArrayDataset, Evaluation, Task
 
 
 class PlainSgd:
@@ -70,3 +73,14 @@ class Diverging(Tiny):
 
 def broken() -> Tiny:
     raise OSError("the factory's own trouble")
+
+
+class Gated(Tiny):
+    """Its evaluation makes the file $GATE.reached, and goes on when there is $GATE.open."""
+
+    def evaluate(self, model: nn.Module) -> Evaluation:
+        gate = os.environ["GATE"]
+        Path(gate + ".reached").touch()
+        while not Path(gate + ".open").exists():
+            time.sleep(0.01)
+        return super().evaluate(model)

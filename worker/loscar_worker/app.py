@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import pickle
 import signal
 import statistics
 import time
@@ -97,9 +96,9 @@ def choose_device(text: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(text)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()  # there, and its values can be read
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"--device {text}: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"--device {text}: {str(error).splitlines()[0]:.200}") from None
     return device
 
 
@@ -137,6 +136,9 @@ class Stopper:
         if self.asked:
             os._exit(128 + number)
         self.asked = True
+        when = "" if self._session is None else " after this step"
+        # Not by the log, which may be in the middle of a line.
+        os.write(2, f"leaving{when}; once more to stop at once\n".encode())
         if self._session is not None:
             self._session.interrupt()
         elif self._joining:
@@ -175,13 +177,16 @@ def run_worker(options: WorkerOptions) -> int:
     Raises:
         LoscarError: see `loscar_worker.join` and `Session.step`.
     """
-    if options.slowdown < 1:
-        raise ConfigError(f"slowdown {options.slowdown:g} is below 1: a machine can only be made slower")
+    if not options.slowdown >= 1:
+        raise ConfigError(f"slowdown {options.slowdown:g} is not at least 1: a machine can only be made slower")
+    _check_outputs(options)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     stopper = Stopper()
     stopper.install()
     task = load_task(options.task, options.data_dir, batch_size=options.batch_size, lr=options.lr)
+    # Whether its slot's part exists, before it takes a place in the run.
+    partition(task.labels(), options.partition, options.workers, options.slot or 0, options.seed)
     device = choose_device(options.device)
     model = task.make_model(options.seed).to(device)
     optimizer = task.make_optimizer(model)
@@ -205,6 +210,25 @@ def run_worker(options: WorkerOptions) -> int:
         if rounds is not None:
             rounds.close()
     return 0
+
+
+def _check_outputs(options: WorkerOptions) -> None:
+    """Raises ConfigError for files that could not be written at the end of the training."""
+    for option, path in (
+        ("--result", options.result),
+        ("--rounds-log", options.rounds_log),
+        ("--save-model", options.save_model),
+        ("--state", options.state),
+        ("--evaluation", options.evaluation),
+    ):
+        if path is None:
+            continue
+        if path.is_dir():
+            raise ConfigError(f"{option} {path} is a folder: give a file in it")
+        if not path.parent.is_dir():
+            raise ConfigError(f"{option} {path} cannot be written: there is no folder {path.parent}")
+        if not os.access(path.parent, os.W_OK):
+            raise ConfigError(f"{option} {path} cannot be written: the folder is read-only for this user")
 
 
 class StateSaver:
@@ -239,8 +263,11 @@ class StateSaver:
             "batches": self._batches.state_dict(),
         }
         part = self._path.with_suffix(self._path.suffix + ".part")
-        torch.save(state, part)
-        part.replace(self._path)
+        try:
+            torch.save(state, part)
+            part.replace(self._path)
+        except (OSError, RuntimeError) as error:  # torch's own writer raises the latter
+            log.error("--state %s cannot be written: %s; what was saved before is untouched", self._path, error)
         self._saved_at = time.monotonic()
 
 
@@ -249,11 +276,13 @@ def _load_state(path: Path | None) -> dict[str, Any] | None:
     if path is None or not path.exists():
         return None
     try:
-        state: dict[str, Any] = torch.load(path, weights_only=True)
-        if {"session", "optimizer", "batches"} <= state.keys():
-            return state
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ConfigError(f"--state {path} cannot be read: {error!s:.200}") from None
+        state: object = torch.load(path, weights_only=True)
+    except OSError as error:
+        raise ConfigError(f"--state {path} cannot be read: {error.strerror or error}") from None
+    except Exception:  # torch raises whatever comes, index errors too, for a file that is not one of its own
+        state = None
+    if isinstance(state, dict) and {"session", "optimizer", "batches"} <= state.keys():
+        return state
     raise ConfigError(f"--state {path} is no worker's state")
 
 

@@ -45,8 +45,9 @@ class OpenRound:
 
 @dataclass(frozen=True, slots=True)
 class ReadyUpdate:
-    """An update whose values wait where the model lives, one tensor a piece."""
+    """An update whose values wait where the model lives since `at_s` of the session's clock, one tensor a piece."""
 
+    at_s: float
     update: Update
     selected: Selected
     anchor: list[Tensor]
@@ -91,6 +92,7 @@ class Background:
     ) -> None:
         self.mailbox = Mailbox()
         self.engine = engine
+        self.clock: Callable[[], float] = time.monotonic
         self._view = view
         self._loop = shared_loop()
         self.connection = Connection(engine, options, self._on_effect, report)
@@ -234,13 +236,9 @@ class Background:
         else:
             selected = self._view.select(update.indices)
         prepare = self._view.prepare
-        return ReadyUpdate(
-            update,
-            selected,
-            prepare(selected, update.anchor),
-            prepare(selected, update.new_anchor),
-            None if update.sent is None else prepare(selected, update.sent),
-        )
+        anchor, new_anchor = prepare(selected, update.anchor), prepare(selected, update.new_anchor)
+        sent = None if update.sent is None else prepare(selected, update.sent)
+        return ReadyUpdate(self.clock(), update, selected, anchor, new_anchor, sent)
 
 
 def wait_changed(mailbox: Mailbox, version: int, timeout_s: float) -> float:

@@ -7,6 +7,7 @@ update that the background has ready, as the pace says; whether to wait, and on 
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from loscar_core.errors import ConfigError
 from loscar_core.merge import MergeKind, RejoinKind, merge, projection
+from loscar_core.messages import WorkerReport
 from loscar_core.plan import RoundKind, RoundPlan
 from loscar_core.replica import Floats
 from loscar_core.worker_cycle import Action, Cycle, Situation
@@ -23,35 +25,11 @@ from loscar_core.worker_effects import RunEnded
 from loscar_core.worker_engine import WorkerEngine
 from loscar_worker.background import Background, OpenRound, ReadyUpdate
 from loscar_worker.model import ModelView
+from loscar_worker.round_record import RoundRecord
 
 log = logging.getLogger("loscar.worker")
 
-
-@dataclass(frozen=True, slots=True)
-class RoundRecord:
-    """One merged round as its worker lived it; times in seconds of run time.
-
-    Attributes:
-        round: its number.
-        kind: what it was for.
-        steps: optimizer steps taken when it was merged, from the start.
-        local_steps: steps from the previous merge to the snapshot (0 when there was none).
-        overlap_steps: steps from the snapshot to the merge.
-        snapshot_s: when the snapshot was taken, None without one.
-        merged_s: when the merge was done.
-        waited_s: how long the training thread waited for the service in this round.
-        included: the contribution is in the average.
-    """
-
-    round: int
-    kind: str
-    steps: int
-    local_steps: int
-    overlap_steps: int
-    snapshot_s: float | None
-    merged_s: float
-    waited_s: float
-    included: bool
+LOSSES_KEPT = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +84,7 @@ class TrainingHalf:
         self._view = view
         self._background = background
         self._pace = pace
-        self._clock = clock
+        self._clock = background.clock = clock
         self._on_round = on_round
         self._on_evaluation = on_evaluation
         self._rejoin = rejoin
@@ -114,6 +92,8 @@ class TrainingHalf:
         self._ended_s: float | None = None
         self._joined_s = 0.0
         self._waited_in_round = 0.0
+        self._waits: list[tuple[float, float]] = []
+        self._waited_at_step = -1
         self._snapshot_at: float | None = None
         self._snapshot_steps = 0
         self._in_final_round = False
@@ -122,6 +102,8 @@ class TrainingHalf:
         self._cycle = Cycle(1, 1.0, None, 0.0)
         self._merge_kind = MergeKind.DELAY_CORRECTED
         self._max_steps: int | None = None
+        self._losses: deque[Tensor | float] = deque(maxlen=LOSSES_KEPT)
+        self._loss: float | None = None
 
     @property
     def engine(self) -> WorkerEngine:
@@ -150,6 +132,10 @@ class TrainingHalf:
         """One optimizer step was taken."""
         self.steps += 1
         self._cycle.stepped()
+
+    def note_loss(self, loss: Tensor | float) -> None:
+        """A step's training loss, for the next report; a tensor is not looked at before."""
+        self._losses.append(loss.detach() if isinstance(loss, Tensor) else float(loss))
 
     @property
     def in_final_round(self) -> bool:
@@ -181,6 +167,26 @@ class TrainingHalf:
             "returned": ledger.returned,
             "outstanding": ledger.outstanding,
         }
+
+    def report(self) -> WorkerReport:
+        """The heartbeat's figures; called on the background thread, which may wait for a GPU's loss."""
+        losses = []
+        while self._losses:
+            losses.append(float(self._losses.popleft()))
+        if losses:
+            self._loss = sum(losses) / len(losses)
+        ledger, engine = self.engine.ledger, self.engine
+        return WorkerReport(
+            self.steps,
+            self._loss,
+            self.idle_s,
+            self.run_s,
+            ledger.sent,
+            ledger.included,
+            ledger.returned,
+            engine.bytes_up,
+            engine.bytes_down,
+        )
 
     def live_values(self) -> Floats:
         """The live parameters in logical order, then the statistics; a new float32 array."""
@@ -242,6 +248,12 @@ class TrainingHalf:
 
     def note_wait(self, waited_s: float) -> None:
         """The training thread has waited for the service; the final round's wait is nobody's fault."""
+        ended_s = self.run_s
+        if self._waits and self._waited_at_step == self.steps:
+            self._waits[-1] = (self._waits[-1][0], ended_s)  # one wait, in slices
+        else:
+            self._waits.append((ended_s - waited_s, ended_s))
+        self._waited_at_step = self.steps
         if not self._final_now:
             self.idle_s += waited_s
             self._waited_in_round += waited_s
@@ -269,12 +281,16 @@ class TrainingHalf:
     def _merge(self, ready: ReadyUpdate) -> None:
         box = self._background.mailbox
         update = ready.update
+        started = self._clock()
         with box.changed:
             box.updates.popleft()
         self._merged += 1
         plan = update.plan
         if plan is not None and plan.kind is RoundKind.FINAL:
             self._view.write(ready.selected, ready.new_anchor)
+        elif update.forget:
+            self._view.write(ready.selected, ready.new_anchor)
+            log.info("%s contributed after its state was saved: what may be counted is left out", self.engine.name)
         elif update.long_absence and update.new_anchor.size:
             self._rejoin_after_absence(ready)
         elif update.new_anchor.size:
@@ -293,7 +309,7 @@ class TrainingHalf:
         self._in_final_round = self._in_final_round and not own
         self._cycle.merged(own=own, now=self._clock())
         if plan is not None:
-            self._note_round(plan, own, update.sent is not None)
+            self._note_round(plan, own, ready, self._clock() - started)
 
     def _rejoin_after_absence(self, ready: ReadyUpdate) -> None:
         """x = c + u − β(c − a), so that progress which the others made too is not added twice."""
@@ -311,7 +327,7 @@ class TrainingHalf:
         self._view.write(ready.selected, merged)
         log.info("%s is back after a long absence: rejoin %s, beta %.3f", self.engine.name, self._rejoin.value, beta)
 
-    def _note_round(self, plan: RoundPlan, own: bool, included: bool) -> None:
+    def _note_round(self, plan: RoundPlan, own: bool, ready: ReadyUpdate, merge_s: float) -> None:
         if self._on_round is not None:
             record = RoundRecord(
                 plan.round,
@@ -320,12 +336,18 @@ class TrainingHalf:
                 self._snapshot_steps if own else 0,
                 self._cycle.last_overlap if own else 0,
                 self._snapshot_at if own else None,
+                ready.at_s - (self._t0 or 0.0),
                 self.run_s,
+                merge_s,
                 self._waited_in_round,
-                included,
+                tuple(self._waits),
+                ready.update.sent is not None,
+                self.engine.bytes_up,
+                self.engine.bytes_down,
             )
             self._on_round(record)
         self._waited_in_round = 0.0
+        self._waits.clear()
         if plan.kind is RoundKind.EVALUATION and self._on_evaluation is not None:
             self._on_evaluation(self, plan.round)
 

@@ -151,7 +151,7 @@ class Connection:
             try:
                 await self._one_stream(target, self._patience_s(since, joined_before))
             except LoscarError as error:
-                if not _may_retry(error):
+                if not may_retry(error):
                     raise
                 cause = error
             if self._leaving.is_set():
@@ -303,6 +303,7 @@ class Connection:
             self.send_heartbeat()
 
 
-def _may_retry(error: LoscarError) -> bool:
+def may_retry(error: LoscarError) -> bool:
+    """Whether a worker that a server ended with this error connects again."""
     # A stale server (lower epoch) is not the run's end: the live one may be at another address.
     return error.retriable or isinstance(error, WrongRoundError)

@@ -14,7 +14,6 @@ import logging
 import os
 import socket
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -25,20 +24,20 @@ from torch import Tensor, nn
 
 from loscar_core.errors import ConfigError, ServerLostError, SessionFailedError
 from loscar_core.merge import RejoinKind, parse_rejoin
-from loscar_core.messages import Reason, WorkerReport
+from loscar_core.messages import Reason
 from loscar_core.worker_cycle import Action
 from loscar_core.worker_engine import WorkerEngine
 from loscar_core.worker_state import import_worker
 from loscar_wire.transport import ClientSecurity, parse_address
 from loscar_worker.background import Background, wait_changed
-from loscar_worker.boundary import Pace, RoundRecord, TrainingHalf, cycle_of
+from loscar_worker.boundary import Pace, TrainingHalf, cycle_of
 from loscar_worker.connection import ConnectionOptions
 from loscar_worker.model import ModelView
+from loscar_worker.round_record import RoundRecord
 
 log = logging.getLogger("loscar.worker")
 
 WAIT_SLICE_S = 1.0
-LOSSES_KEPT = 64
 
 
 class Session(TrainingHalf):
@@ -61,7 +60,7 @@ class Session(TrainingHalf):
         on_evaluation: Callable[[TrainingHalf, int], None] | None = None,
         rejoin: RejoinKind = RejoinKind.PROJECT,
     ) -> None:
-        background = Background(engine, view, options, self._report)
+        background = Background(engine, view, options, self.report)
         super().__init__(
             view,
             background,
@@ -74,8 +73,6 @@ class Session(TrainingHalf):
         self.name = engine.name
         self.service_s = 0.0
         self._pid = os.getpid()
-        self._losses: deque[Tensor | float] = deque(maxlen=LOSSES_KEPT)
-        self._loss: float | None = None
         self._asked_to_stop = False
         self._interrupted = False
         self._closed = False
@@ -142,7 +139,7 @@ class Session(TrainingHalf):
         waited_before = self.idle_s
         self.note_step()
         if loss is not None:
-            self._losses.append(loss.detach() if isinstance(loss, Tensor) else float(loss))
+            self.note_loss(loss)
         if self._max_steps is not None and self.steps >= self._max_steps and not self._asked_to_stop:
             self._asked_to_stop = True
             self._background.stop_run(f"{self.name} has taken {self.steps} steps")
@@ -162,27 +159,6 @@ class Session(TrainingHalf):
     @property
     def reconnects(self) -> int:
         return self._background.connection.reconnects
-
-    def _report(self) -> WorkerReport:
-        """The heartbeat's figures; called on the background thread, which may wait for a GPU's loss."""
-        losses = []
-        while self._losses:
-            losses.append(float(self._losses.popleft()))
-        if losses:
-            self._loss = sum(losses) / len(losses)
-        engine = self.engine
-        ledger = engine.ledger
-        return WorkerReport(
-            self.steps,
-            self._loss,
-            self.idle_s,
-            self.run_s,
-            ledger.sent,
-            ledger.included,
-            ledger.returned,
-            engine.bytes_up,
-            engine.bytes_down,
-        )
 
     # --- saving ---------------------------------------------------------------------------------------------
 
@@ -317,7 +293,7 @@ def join(
     cycle_of(pace, 1, 1.0, None, 0.0)
     view = ModelView(model, statistics)
     engine = WorkerEngine(
-        name or default_name(),
+        default_name() if name is None else name,
         os.urandom(16),
         view.layout,
         view.vector(),

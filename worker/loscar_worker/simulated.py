@@ -17,6 +17,7 @@ from loscar_core.worker_engine import WorkerEngine
 from loscar_worker.background import Background, Mailbox
 from loscar_worker.boundary import Pace, TrainingHalf
 from loscar_worker.model import ModelView
+from loscar_worker.round_record import RoundRecord
 
 
 class _Wire:
@@ -74,7 +75,7 @@ class SimulatedBackground(Background):
         self._updates = []
         self._changes = {}
         self._delivering = False
-        self.steps: Callable[[], int] = lambda: 0
+        self.report: Callable[[], WorkerReport] = WorkerReport
 
     def _post(self, what: Callable[..., None], *args: object) -> None:
         what(*args)
@@ -85,9 +86,7 @@ class SimulatedBackground(Background):
         self._soon.run()
 
     def heartbeat(self, stamp_ns: int) -> WorkerMessage:
-        ledger = self.engine.ledger
-        report = WorkerReport(steps=self.steps(), sent=ledger.sent, included=ledger.included, returned=ledger.returned)
-        return self.engine.heartbeat(stamp_ns, report)
+        return self.engine.heartbeat(stamp_ns, self.report())
 
 
 class SimulatedSession(TrainingHalf):
@@ -104,11 +103,14 @@ class SimulatedSession(TrainingHalf):
         pace: Pace,
         *,
         clock: Callable[[], float],
+        on_round: Callable[[RoundRecord], None] | None = None,
         on_evaluation: Callable[[TrainingHalf, int], None] | None = None,
         rejoin: RejoinKind = RejoinKind.PROJECT,
     ) -> None:
-        super().__init__(view, background, pace, clock=clock, on_evaluation=on_evaluation, rejoin=rejoin)
-        background.steps = lambda: self.steps
+        super().__init__(
+            view, background, pace, clock=clock, on_round=on_round, on_evaluation=on_evaluation, rejoin=rejoin
+        )
+        background.report = self.report
         self.started = False
         self._taken_over = False
         self._asked_to_stop = False

@@ -536,8 +536,24 @@ class DepartureStatus(_message.Message):
     ago_s: float
     def __init__(self, name: _Optional[str] = ..., slot: _Optional[int] = ..., reason: _Optional[str] = ..., detail: _Optional[str] = ..., ago_s: _Optional[float] = ...) -> None: ...
 
+class RefusalStatus(_message.Message):
+    __slots__ = ("address", "name", "kind", "count", "detail", "ago_s")
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    DETAIL_FIELD_NUMBER: _ClassVar[int]
+    AGO_S_FIELD_NUMBER: _ClassVar[int]
+    address: str
+    name: str
+    kind: str
+    count: int
+    detail: str
+    ago_s: float
+    def __init__(self, address: _Optional[str] = ..., name: _Optional[str] = ..., kind: _Optional[str] = ..., count: _Optional[int] = ..., detail: _Optional[str] = ..., ago_s: _Optional[float] = ...) -> None: ...
+
 class StatusReply(_message.Message):
-    __slots__ = ("run_id", "protocol_version", "phase", "epoch", "round", "elapsed_s", "dimension", "config", "members", "departures", "refused", "stop_reason", "first_round", "bytes_in", "bytes_out", "digest")
+    __slots__ = ("run_id", "protocol_version", "phase", "epoch", "round", "elapsed_s", "dimension", "config", "members", "departures", "refused", "stop_reason", "first_round", "bytes_in", "bytes_out", "digest", "refusals")
     class RefusedEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -561,6 +577,7 @@ class StatusReply(_message.Message):
     BYTES_IN_FIELD_NUMBER: _ClassVar[int]
     BYTES_OUT_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
+    REFUSALS_FIELD_NUMBER: _ClassVar[int]
     run_id: bytes
     protocol_version: int
     phase: str
@@ -577,7 +594,8 @@ class StatusReply(_message.Message):
     bytes_in: int
     bytes_out: int
     digest: int
-    def __init__(self, run_id: _Optional[bytes] = ..., protocol_version: _Optional[int] = ..., phase: _Optional[str] = ..., epoch: _Optional[int] = ..., round: _Optional[int] = ..., elapsed_s: _Optional[float] = ..., dimension: _Optional[int] = ..., config: _Optional[_Union[RunConfig, _Mapping]] = ..., members: _Optional[_Iterable[_Union[MemberStatus, _Mapping]]] = ..., departures: _Optional[_Iterable[_Union[DepartureStatus, _Mapping]]] = ..., refused: _Optional[_Mapping[str, int]] = ..., stop_reason: _Optional[str] = ..., first_round: _Optional[int] = ..., bytes_in: _Optional[int] = ..., bytes_out: _Optional[int] = ..., digest: _Optional[int] = ...) -> None: ...
+    refusals: _containers.RepeatedCompositeFieldContainer[RefusalStatus]
+    def __init__(self, run_id: _Optional[bytes] = ..., protocol_version: _Optional[int] = ..., phase: _Optional[str] = ..., epoch: _Optional[int] = ..., round: _Optional[int] = ..., elapsed_s: _Optional[float] = ..., dimension: _Optional[int] = ..., config: _Optional[_Union[RunConfig, _Mapping]] = ..., members: _Optional[_Iterable[_Union[MemberStatus, _Mapping]]] = ..., departures: _Optional[_Iterable[_Union[DepartureStatus, _Mapping]]] = ..., refused: _Optional[_Mapping[str, int]] = ..., stop_reason: _Optional[str] = ..., first_round: _Optional[int] = ..., bytes_in: _Optional[int] = ..., bytes_out: _Optional[int] = ..., digest: _Optional[int] = ..., refusals: _Optional[_Iterable[_Union[RefusalStatus, _Mapping]]] = ...) -> None: ...
 
 class FetchModelRequest(_message.Message):
     __slots__ = ()

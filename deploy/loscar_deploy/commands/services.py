@@ -1,0 +1,168 @@
+"""The members of a run, each by itself: server, worker, a look at them, and a link between them."""
+
+from __future__ import annotations
+
+import argparse
+from argparse import Namespace
+from pathlib import Path
+
+from loscar_core.errors import ConfigError
+from loscar_deploy import options as o
+from loscar_deploy.commands import Declare, download, print_json, require_torch
+
+_MOST_SLOTS = 1 << 32  # the wire's; a server's own limit is --max-members
+_MOST_THREADS = 4096
+
+
+def _server(args: Namespace) -> int:
+    import uvloop
+
+    from loscar_server.admission import StreamLimits
+    from loscar_server.app import ServerOptions, ServerProcess, serve
+
+    workers = None if args.workers is None else o.whole("--workers", args.workers, 1)
+    server = ServerOptions(
+        listen=args.listen,
+        run_id=o.given("--run-id", args.run_id),
+        config=o.run_config(args),
+        limits=o.server_limits(args, workers),
+        security=o.server_security(args),
+        linger_s=o.seconds("--linger", args.linger),
+        checkpoints=args.checkpoints,
+        checkpoint_every_s=o.seconds("--checkpoint-every", args.checkpoint_every, positive=True),
+        keep=o.whole("--keep", args.keep, 1),
+        resume=args.resume,
+        guard=StreamLimits(
+            o.whole("--streams-per-host", args.streams_per_host, 1),
+            o.whole("--joins-per-second", args.joins_per_second, 1),
+        ),
+        events=args.events,
+    )
+    if args.resume and args.checkpoints is None:
+        raise ConfigError("--resume needs --checkpoints: the folder to go on from")
+
+    def ready(process: ServerProcess) -> None:
+        if args.json:
+            print_json({"listening": process.address, "run_id": process.run_id.hex()})
+        else:
+            print(f"listening on {process.address}, run {process.run_id.hex()}", flush=True)
+
+    uvloop.run(serve(server, ready))
+    return 0
+
+
+def _worker(args: Namespace) -> int:
+    require_torch()
+    from loscar_server.app import run_id_bytes
+    from loscar_worker.app import WorkerOptions, run_worker
+
+    if args.download:
+        download(args)
+    return run_worker(
+        WorkerOptions(
+            servers=args.server,
+            task=args.task,
+            data_dir=args.data_dir,
+            name=o.given("--name", args.name),
+            slot=None if args.slot is None else o.whole("--slot", args.slot, most=_MOST_SLOTS - 1),
+            token=o.token(args),
+            run_id=run_id_bytes(args.run_id) if o.given("--run-id", args.run_id) else b"",
+            local_steps=_pace("--local-steps", args.local_steps),
+            sync_interval_s=None if args.sync_interval is None else o.seconds("--sync-interval", args.sync_interval),
+            overlap_steps=_pace("--overlap-steps", args.overlap_steps),
+            workers=None if args.workers is None else o.whole("--workers", args.workers, 1),
+            partition=args.partition,
+            seed=o.whole("--seed", args.seed),
+            slowdown=o.slowdowns(args.slowdown, 1)[0],
+            step_time_s=o.seconds("--step-time", args.step_time),
+            batch_size=None if args.batch_size is None else o.whole("--batch-size", args.batch_size, 1),
+            lr=None if args.lr is None else o.number("--lr", args.lr),
+            device=args.device,
+            threads=None if args.threads is None else o.whole("--threads", args.threads, 1, _MOST_THREADS),
+            connect_timeout_s=o.seconds("--connect-timeout", args.connect_timeout),
+            server_timeout_s=o.seconds("--server-timeout", args.server_timeout),
+            tls_ca=args.tls_ca,
+            tls_cert=args.tls_cert,
+            tls_key=args.tls_key,
+            result=args.result,
+            rounds_log=args.rounds_log,
+            save_model=args.save_model,
+            evaluation=args.evaluation,
+            state=args.state,
+            state_every_s=o.seconds("--state-every", args.state_every),
+            rejoin=args.rejoin,
+        )
+    )
+
+
+def _pace(option: str, text: str | None) -> int | str | None:
+    if text is None or text == "auto":
+        return text
+    return o.steps_or_auto(option, text)
+
+
+def _status(args: Namespace) -> int:
+    import uvloop
+
+    from loscar_deploy.status import show_status
+
+    return uvloop.run(show_status(args.server, o.client_security(args), as_json=args.json, watch=args.watch))
+
+
+def _link(args: Namespace) -> int:
+    from loscar_deploy.link_app import main as link
+
+    return link(args.listen, args.to, args.spec, o.whole("--seed", args.seed))
+
+
+def declare(command: Declare) -> None:
+    """Add this group's commands."""
+    server = command("server", _server, "one parameter server")
+    server.add_argument("--listen", metavar="HOST:PORT", default="127.0.0.1:50051")
+    server.add_argument("--run-id", metavar="ID", help="name of the run (default: a new one)")
+    server.add_argument("--workers", metavar="N", help="round 1 waits for so many workers")
+    server.add_argument("--linger", metavar="TIME", default="5m", help="serve the final model so long after the end")
+    server.add_argument("--json", action="store_true", help="say where it listens as JSON")
+    server.add_argument("--events", metavar="FILE", type=Path, help="append a JSON line for every event and round")
+    o.add_run(server)
+    o.add_limits(server)
+    o.add_protection(server)
+    o.add_server_security(server)
+
+    worker = command("worker", _worker, "one worker")
+    worker.add_argument("--server", metavar="HOST:PORT[,HOST:PORT]", default="127.0.0.1:50051")
+    worker.add_argument("--name", help="unique in the run (default: host and process id)")
+    worker.add_argument("--slot", metavar="N", help="a fixed place in the sums")
+    worker.add_argument("--run-id", metavar="ID", help="insist on this run")
+    worker.add_argument("--workers", metavar="N", help="N of the partition: slot i of N takes its part")
+    worker.add_argument("--local-steps", metavar="N", help="override the server's")
+    worker.add_argument("--sync-interval", metavar="TIME", help="override the server's")
+    worker.add_argument("--overlap-steps", metavar="Q", help="override the server's")
+    worker.add_argument("--seed", metavar="N", default="0", help="seeds the model and the data order")
+    worker.add_argument("--slowdown", metavar="F", default="1", help="pretend to be so many times slower")
+    worker.add_argument("--step-time", metavar="TIME", default="0s", help="a floor under a step's time, slept")
+    worker.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 or auto")
+    worker.add_argument("--threads", metavar="N", help="compute threads (default: PyTorch's choice)")
+    worker.add_argument("--connect-timeout", metavar="TIME", default="1m", help="look so long for a server")
+    worker.add_argument("--server-timeout", metavar="TIME", default="10m", help="train on so long without one")
+    worker.add_argument("--result", metavar="FILE", type=Path, help="write the figures here at the end")
+    worker.add_argument("--state", metavar="FILE", type=Path, help="save the worker's whole state here, and resume")
+    worker.add_argument("--state-every", metavar="TIME", default="1m", help="how often")
+    worker.add_argument("--rejoin", metavar="HOW", default="project", help="after a long absence: project, keep, drop")
+    worker.add_argument("--evaluation", type=Path, help=argparse.SUPPRESS)
+    worker.add_argument("--save-model", metavar="FILE", type=Path, help="write the model as this worker leaves with it")
+    worker.add_argument("--rounds-log", metavar="FILE", type=Path, help="write a JSON line here for every round")
+    o.add_task(worker)
+    o.add_client(worker)
+
+    status = command("status", _status, "what a running server is doing")
+    status.add_argument("--server", metavar="HOST:PORT", default="127.0.0.1:50051")
+    status.add_argument("--watch", action="store_true", help="keep showing it")
+    status.add_argument("--json", action="store_true")
+    o.add_client(status)
+
+    link = command("link", _link, "the link emulator on its own")
+    link.add_argument("spec", metavar="SPEC", nargs="?", default="wan", help="a preset or rtt=…,jitter=…,rate=…")
+    link.add_argument("--listen", metavar="HOST:PORT", default="127.0.0.1:0")
+    link.add_argument("--to", metavar="HOST:PORT", required=True)
+    link.add_argument("--seed", metavar="N", default="0")

@@ -1,0 +1,210 @@
+"""Deadlines, suspension, quorum: whom a round waits for, and what happens without them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from desk import Desk, incarnation
+
+from loscar_core import effects as fx
+from loscar_core.errors import RefusedError
+from loscar_core.messages import Commit, OpenRound
+from loscar_core.server_members import MemberState
+from loscar_core.state import Position
+
+
+def test_one_miss_suspends_and_ready_brings_back() -> None:
+    desk = Desk(limits={"round_cap_s": 100.0}).start(1, 2, 3)
+    t0 = desk.now
+    desk.contribute(1)
+    desk.contribute(2)
+    desk.tick(t0 + 99.9)
+    assert desk.round == 0
+    assert desk.machine.next_wakeup() == pytest.approx(t0 + 100)
+    desk.tick(t0 + 100)
+    assert desk.round == 1
+    assert desk.member(3).state is MemberState.SUSPENDED
+    assert desk.member(3).missed == 1
+    # It is sent what the others are sent, but neither waited for nor counted.
+    assert desk.got(3, Commit) == desk.got(1, Commit)
+    assert desk.machine.round is not None
+    assert desk.machine.round.members == 2
+    desk.contribute(1)
+    desk.contribute(2)
+    assert desk.round == 2
+    # What it sends now is late, or not counted: neither does harm.
+    desk.send(3, desk.contribution(5.0, round=1))
+    desk.send(3, desk.contribution(5.0))
+    assert 3 not in desk.closed
+    desk.ready(3)
+    assert desk.member(3).state is MemberState.SUSPENDED
+    desk.contribute(1)
+    desk.contribute(2)
+    assert desk.member(3).state is MemberState.ACTIVE
+    assert desk.machine.round.members == 3
+    desk.contribute(1)
+    desk.contribute(2)
+    assert desk.round == 3  # waited for again
+    desk.contribute(3)
+    assert desk.round == 4
+
+
+def test_a_deadline_is_four_of_the_member_s_own_cycles() -> None:
+    desk = Desk(limits={"round_cap_s": 1000.0, "deadline_cycles": 4.0}).start(1, 2)
+    for cycle in 20.0, 30.0, 40.0:
+        desk.tick(desk.now + 5)
+        desk.contribute(1)
+        assert desk.member(2).deadline_s(desk.machine.limits) == 1000
+        desk.now += cycle - 5
+        desk.contribute(2)
+    assert desk.round == 3
+    assert desk.member(1).deadline_s(desk.machine.limits) == 20  # 4 × 5 s
+    assert desk.member(2).deadline_s(desk.machine.limits) == 120
+    opened = desk.now
+    desk.contribute(1)
+    assert desk.machine.next_wakeup() == pytest.approx(opened + 120)
+    desk.tick(opened + 119)
+    assert desk.round == 3
+    desk.tick(opened + 120)
+    assert desk.round == 4
+    assert [m.slot for m in desk.machine.members.active()] == [0]
+
+
+def test_short_cycles_do_not_make_short_deadlines() -> None:
+    desk = Desk(limits={"round_cap_s": 1000.0}).start(1, 2)
+    for _ in range(4):
+        desk.now += 0.1
+        desk.contribute(1)
+        desk.contribute(2)
+    assert desk.member(1).deadline_s(desk.machine.limits) == 10
+
+
+def test_a_worker_that_became_slower_gets_in_again() -> None:
+    desk = Desk(limits={"round_cap_s": 1000.0}).start(1, 2)
+    for _ in range(6):
+        desk.now += 1
+        desk.contribute(1)
+        desk.contribute(2)
+    missed = included = 0
+    for _ in range(40):  # its cycle is 30 s now
+        desk.drained(1)
+        desk.drained(2)
+        opened, before = desk.now, desk.round
+        assert desk.machine.round is not None
+        desk.contribute(1)
+        if desk.round > before:
+            desk.ready(2)  # it was not waited for
+            continue
+        patience = desk.member(2).deadline_s(desk.machine.limits)
+        if patience > 30:
+            desk.now = opened + 30
+            desk.contribute(2)
+            included += 1
+        else:
+            desk.tick(opened + patience)
+            missed += 1
+            desk.ready(2)
+        assert desk.round == before + 1
+    assert missed < 10
+    assert included > 20
+
+
+def test_a_quorum_is_half_of_the_active() -> None:
+    for members, needed in ((1, 1), (2, 1), (3, 2), (4, 2), (5, 3)):
+        desk = Desk(limits={"round_cap_s": 10.0}).start(*range(1, members + 1))
+        desk.tick(desk.now + 11)  # past everybody's deadline
+        for peer in range(1, needed):
+            desk.contribute(peer)
+        assert desk.round == 0, members
+        desk.contribute(needed)
+        assert desk.round == 1, members
+        assert desk.logged(fx.RoundCommitted)[-1].included == tuple(range(needed))
+
+
+def test_who_is_absent_counts_as_zero() -> None:
+    desk = Desk(limits={"round_cap_s": 10.0}).start(1, 2, 3, 4)
+    desk.contribute(1, 4.0)
+    desk.contribute(3, 8.0)
+    desk.tick(desk.now + 10)
+    assert desk.machine.replica is not None
+    np.testing.assert_array_equal(desk.machine.replica.vector, desk.vector + 3)
+
+
+def test_a_round_goes_on_without_those_who_left() -> None:
+    desk = Desk().start(1, 2, 3)
+    desk.contribute(1)
+    desk.contribute(2, 2.0)
+    desk.drop(2)  # what it gave stays in
+    assert desk.round == 0
+    desk.drop(3)
+    assert desk.round == 1
+    assert desk.machine.replica is not None
+    np.testing.assert_array_equal(desk.machine.replica.vector, desk.vector + 1)
+
+
+def test_a_round_that_everybody_has_left_waits_and_begins_anew() -> None:
+    desk = Desk().start(1, 2)
+    desk.drop(1)
+    desk.drop(2)
+    desk.tick(desk.now + 1000)
+    assert desk.round == 0
+    desk.hello(3)
+    # Perhaps it was this server that was cut off: a worker that does not know looks elsewhere first.
+    assert isinstance(desk.error(3), RefusedError)
+    desk.hello(4, "w3")
+    assert desk.last(4, OpenRound) is not None
+    desk.contribute(4)  # it does not wait to be counted
+    desk.ready(4)
+    assert desk.machine.round is not None
+    assert list(desk.machine.round.slots.values()) == [incarnation("w3")]
+    # It is told once more, so that it sends again what did not count.
+    assert len(desk.got(4, OpenRound)) == 2
+    desk.contribute(4)
+    assert desk.round == 1
+
+
+def test_a_part_that_was_being_sent_when_the_round_began_anew(small_parts: None) -> None:
+    desk = Desk().start(1)
+    desk.drop(1)
+    desk.hello(2)
+    whole = desk.contribution()
+    desk.send(2, replace(whole, values=whole.values[:4]))
+    desk.ready(2)
+    desk.send(2, replace(whole, values=whole.values[4:], offset=1))  # the rest of what did not count
+    assert 2 not in desk.closed
+    desk.contribute(2)
+    assert desk.round == 1
+
+
+def test_a_half_summed_round_that_everybody_has_left_is_closed_for_the_next(small_parts: None) -> None:
+    desk = Desk(statistics=2).start(1)
+    desk.send(1, desk.contribution(3.0, part=0))
+    desk.drop(1)
+    desk.tick(desk.now + 1000)
+    assert desk.round == 0
+    desk.hello(2)
+    desk.ready(2)
+    assert desk.round == 1
+    assert desk.machine.replica is not None
+    expected = desk.vector.copy()
+    expected[:3] += 3
+    np.testing.assert_array_equal(desk.machine.replica.vector, expected)
+    assert desk.machine.replica.inclusion.of(incarnation("w1")).parts == 1
+    desk.contribute(2)
+    assert desk.round == 2
+
+
+def test_a_reconnect_within_the_open_round_counts() -> None:
+    desk = Desk().start(1, 2)
+    desk.contribute(1)
+    desk.hello(3, "w1", epoch=1, position=Position(1, 0))  # the same incarnation on a new stream
+    assert 1 in desk.closed
+    desk.contribute(3)  # sent again
+    desk.ready(3)
+    assert desk.round == 0
+    desk.contribute(2)
+    assert desk.round == 1
+    assert desk.logged(fx.RoundCommitted)[-1].included == (0, 1)
+    assert desk.member(3).state is MemberState.ACTIVE

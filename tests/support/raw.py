@@ -1,0 +1,143 @@
+"""Calls below the client library: streams whose every byte is the test's own, and a worker that is driven by hand."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import grpc
+import numpy as np
+from processes import DEADLINE_S
+
+from loscar_core.layout import Layout, Segment
+from loscar_core.messages import Answer, Commit, Leave, Reason, ServerMessage, WorkerMessage
+from loscar_core.worker_effects import Emit, ProgressWanted, RoundOpen, Update, WorkerEffect
+from loscar_core.worker_engine import WorkerEngine
+from loscar_wire.mapping import decode_server_message, encode_worker_message
+from loscar_wire.transport import TRAIN
+
+NO_STATISTICS = np.empty(0, np.float32)
+
+
+def layout_of(dimension: int) -> Layout:
+    return Layout((Segment("w", (dimension,), "float32"),))
+
+
+def engine_of(name: str, dimension: int, incarnation: bytes | None = None) -> WorkerEngine:
+    """A worker's half of the protocol whose model is all zeros."""
+    told = name.encode()[:16].ljust(16, b".") if incarnation is None else incarnation
+    return WorkerEngine(name, told, layout_of(dimension), np.zeros(dimension, np.float32), NO_STATISTICS)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a round did: Δ̂, n, and for each part the bitmap of slots in its sum."""
+
+    change: np.ndarray
+    members: int
+    included: list[bytes]
+
+
+class RawStream:
+    """A Train stream of bytes, closed at the end of its `with`."""
+
+    def __init__(self, channel: grpc.Channel, metadata: Sequence[tuple[str, str]] = ()) -> None:
+        self._requests: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        requests = iter(self._requests.get, None)
+        self.call = channel.stream_stream(TRAIN)(requests, timeout=DEADLINE_S, metadata=metadata)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None) -> None:
+        self.half_close()
+        self.call.cancel()
+
+    def send(self, message: WorkerMessage | bytes) -> None:
+        self._requests.put(message if isinstance(message, bytes) else encode_worker_message(message))
+
+    def half_close(self) -> None:
+        """Nothing more will be sent."""
+        self._requests.put(None)
+
+    def read(self) -> ServerMessage:
+        return decode_server_message(next(self.call))
+
+    def status(self) -> tuple[grpc.StatusCode, str]:
+        """How the stream ends, whatever is received before."""
+        try:
+            for _ in self.call:
+                pass
+        except grpc.RpcError:
+            pass
+        return self.call.code(), self.call.details()
+
+
+class HandWorker:
+    """An honest worker in the test's hands: it does nothing but what it is told to, one thing after the other.
+
+    Args:
+        stream: to the server.
+        engine: its half of the protocol.
+    """
+
+    def __init__(self, stream: RawStream, engine: WorkerEngine) -> None:
+        self.stream = stream
+        self.engine = engine
+        self.opened: RoundOpen | None = None
+        self.received: list[ServerMessage] = []
+        stream.send(engine.hello())
+
+    def pump(self) -> list[WorkerEffect]:
+        """Take one message in and answer it; returns what else it asks for."""
+        message = self.stream.read()
+        self.received.append(message)
+        effects = self.engine.received(message)
+        for effect in effects:
+            match effect:
+                case Emit(reply):
+                    self.stream.send(reply)
+                case ProgressWanted():
+                    for more in self.engine.progress(self.engine.anchor.vector):
+                        assert isinstance(more, Emit)
+                        self.stream.send(more.message)
+                case RoundOpen():
+                    self.opened = effect
+                case _:
+                    pass
+        return effects
+
+    def wait_open(self) -> RoundOpen:
+        """Until a round is open that nothing was contributed to."""
+        while self.opened is None or self.opened.contributed:
+            self.pump()
+        return self.opened
+
+    def contribute(self, value: float) -> Any:
+        """δ = `value` on all of the open round's coordinates; returns its plan."""
+        opened = self.wait_open()
+        self.opened = None
+        plan, size = opened.plan, opened.indices.size
+        values = self.engine.anchor.gather(plan, opened.indices, 0, size) + np.float32(value)
+        for effect in self.engine.snapshot(plan.round, values, NO_STATISTICS, 1, 0, opened.opening) or []:
+            assert isinstance(effect, Emit)
+            self.stream.send(effect.message)
+        return plan
+
+    def round(self, value: float) -> Outcome:
+        """Contribute, and wait for the commit."""
+        plan = self.contribute(value)
+        self.received.clear()
+        while True:
+            for effect in self.pump():
+                if isinstance(effect, Update) and effect.round == plan.round:
+                    [commit] = [m for m in self.received if isinstance(m, Commit)]
+                    included = [m.included for m in self.received if isinstance(m, Answer) and m.offset == 0]
+                    return Outcome(effect.new_anchor - effect.anchor, commit.members, included)
+
+    def leave(self) -> None:
+        self.stream.send(Leave(Reason.LEFT))
+        self.stream.half_close()
