@@ -22,6 +22,7 @@
     ├── SessionFailedError       the background task died; raised by the next step()
     ├── ServerLostError          the server stayed away longer than allowed
     ├── WorkerFailedError        a worker process of a run ended with an error
+    ├── SystemRefusedError       the operating system refused: disk full, no permission, too many open files
     └── InterruptedRunError      the user forced the end
 
 `summary` says in a few words what happened, `exit_code` is the process's exit status, `grpc_status` the name of the
@@ -176,6 +177,12 @@ class WorkerFailedError(LoscarError):
     summary = "a process of the run failed"
     exit_code = 20
     hint = "the worker's own message is in the run folder's logs"
+
+
+class SystemRefusedError(LoscarError):
+    summary = "the operating system refused something"
+    exit_code = 21
+    hint = "check the free space, the permissions and the limits (ulimit -a) of this machine"
 
 
 class InterruptedRunError(LoscarError):

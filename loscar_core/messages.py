@@ -38,7 +38,9 @@ class Reason(StrEnum):
     SERVER_STOPPED = "server-stopped"
     """The server is shutting down before the run's end."""
     STEPPED_DOWN = "stepped-down"
-    """The server met a later epoch than its own."""
+    """The server met a later epoch than its own, or another state of its run."""
+    CUT_OFF = "cut-off"
+    """Most of the others were lost: look at the other addresses before the run goes on here without them."""
 
 
 class Purpose(IntEnum):

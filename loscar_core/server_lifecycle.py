@@ -10,7 +10,7 @@ from loscar_core.config import RunConfig
 from loscar_core.effects import Close, MemberGone, Notice, Refused, RunStarted
 from loscar_core.errors import LoscarError, MalformedError
 from loscar_core.messages import Goodbye, Hello, OpenRound, Purpose, Reason, SendState, StateOffer, VectorChunk
-from loscar_core.plan import RoundKind, end_plan
+from loscar_core.plan import RoundKind, RoundPlan, end_plan
 from loscar_core.replica import Replica
 from loscar_core.server_catchup import StateTransfer
 from loscar_core.server_members import Member, MemberState
@@ -97,6 +97,7 @@ class Lifecycle(Rounds):
         self.replica = state
         self._provisional_until = self._now + (0.0 if sure else self.limits.recover_after_s)
         before, self.epoch = self.epoch, max(self._epochs_heard, state.position.epoch) + 1
+        self._welcomed.clear()
         if config is None:
             state.position = Position(self.epoch, 0)
         else:
@@ -129,6 +130,30 @@ class Lifecycle(Rounds):
         self._open(plan)
         self._announce(plan)
 
+    def _open(self, plan: RoundPlan) -> None:
+        if self._perhaps_cut_off and plan.kind is not RoundKind.END:
+            self._look_elsewhere_first()
+        super()._open(plan)
+
+    @property
+    def _perhaps_cut_off(self) -> bool:
+        """More than half of the last round's members have vanished, or some who were sent to look for them have not
+        come back: perhaps it is this server that was cut off, and the run goes on elsewhere."""
+        if self.stop_reason is not None or len(self._counted_last) < 2:
+            return False
+        lost = self._vanished.intersection(self._counted_last)
+        here = {m.incarnation for m in self.members.workers()}
+        return 2 * len(lost) > len(self._counted_last) or not self._sent_on <= here
+
+    def _look_elsewhere_first(self) -> None:
+        """Before the run goes on here, those who are left try the other addresses, once: where there are none, or
+        nothing is found at them, they are back at once."""
+        self.round = None  # nothing is closed just because they are sent away
+        for member in self.members.workers():
+            if member.incarnation not in self._sent_on:
+                self._sent_on.add(member.incarnation)
+                self._dismiss(member, Reason.CUT_OFF, "most of the others were lost: look for them elsewhere first")
+
     # --- recovery -------------------------------------------------------------------------------------------
 
     @property
@@ -155,21 +180,23 @@ class Lifecycle(Rounds):
         self._elapsed_before = 0.0
 
     def _gives_way(self, hello: Hello) -> bool:
-        """Whether a worker holds another run than the one here, while this one is young and nobody vouched for it.
+        """Whether a worker holds another state than those from which the one here was chosen, and it is not too late.
 
-        A fresh worker that was first at a restarted server has begun a run, say, or it went on from an old
-        checkpoint, or from what one lone worker held; now come those who hold the run that it was before.
+        It is not before the first round; and for a while after it, when no majority of several workers vouched for
+        the state: a fresh worker that was first at a restarted server has begun a run, say, or it went on from an old
+        checkpoint, or from what a lone worker held, and now come those who hold the run that it was before.
         """
         state = self.replica
-        if state is None or self.phase is not Phase.RUNNING or self._now >= self._provisional_until:
+        young = self.phase is Phase.READYING or (self.phase is Phase.RUNNING and self._now < self._provisional_until)
+        if state is None or state.position.round == 0 or not young or self.stop_reason is not None:
             return False
-        if hello.observer or hello.position.round == 0 or self.stop_reason is not None:
+        if hello.observer or hello.position.round == 0 or (hello.position, hello.digest) in self._considered:
             return False
+        if not has_passed(state, hello.position):
+            return True
+        # Two processes may have called themselves by the same number.
         known = [(state.digest_at(position), digest) for position, digest in Claim.of(0, hello).chain]
-        if any(ours is not None for ours, _ in known):
-            return all(ours != theirs for ours, theirs in known)
-        held = hello.position.round
-        return held > state.position.round or state.lineage.epoch_of(held) != hello.position.epoch
+        return any(ours is not None for ours, _ in known) and all(ours != theirs for ours, theirs in known)
 
     def _give_way(self) -> None:
         """Start over with recovering; who took part here is asked again what it holds."""
@@ -183,6 +210,7 @@ class Lifecycle(Rounds):
             return
         waited = self._now >= self._recovering_since + self.limits.recover_after_s
         saved = self._checkpoint
+        self._considered = {(c.position, c.digest) for c in self._claims.values()}
         present = len(self.members.workers())
         choice = choose(list(self._claims.values()), waited=waited, present=None if self._any_will_do else present)
         if waited and choice is None and self._holders and saved is None:
@@ -264,6 +292,8 @@ class Lifecycle(Rounds):
     def _remove(self, member: Member, reason: Reason, detail: str) -> None:
         """Forget a member; the open round does not wait for it any more."""
         self.members.remove(member, reason, detail, self._now)
+        if reason in (Reason.STREAM_CLOSED, Reason.LEASE_EXPIRED):
+            self._vanished.add(member.name)
         if self._claims.pop(member.peer, None) is not None and not self._holders:
             self._recovering_since = self._now  # it may come back
         self._relays.pop(member.peer, None)
@@ -286,6 +316,13 @@ class Lifecycle(Rounds):
     def _dismiss(self, member: Member, reason: Reason, detail: str) -> None:
         self._remove(member, reason, detail)
         self._out.append(Close(member.peer, goodbye=Goodbye(reason, detail)))
+
+
+def has_passed(state: Replica, position: Position) -> bool:
+    """Whether a state has been at a position, as far as numbers tell."""
+    if position.round == 0:
+        return state.position.round > 0 or state.position == position
+    return position.round <= state.position.round and state.lineage.epoch_of(position.round) == position.epoch
 
 
 def _is_sure(choice: Choice | None) -> bool:

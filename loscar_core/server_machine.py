@@ -37,8 +37,7 @@ from loscar_core.messages import (
     VectorChunk,
     WorkerMessage,
 )
-from loscar_core.replica import Replica
-from loscar_core.server_lifecycle import Lifecycle
+from loscar_core.server_lifecycle import Lifecycle, has_passed
 from loscar_core.server_members import Member, MemberState
 from loscar_core.server_recovery import Claim
 from loscar_core.server_state import Phase
@@ -153,14 +152,14 @@ class ServerMachine(Lifecycle):
         self._check_layout(hello)
         self.members.check(hello, self._now)
         self._check_epoch(hello)
-        self._check_deserted(hello)
         self._supersede(hello)
         if self._gives_way(hello):
             self._give_way()
         if self.layout is None and not hello.observer:
             self._set_layout(hello.layout)
+        self._hear(hello)
         member = self.members.add(peer, hello, self._now)
-        self._epochs_heard = max(self._epochs_heard, hello.epoch, hello.position.epoch)
+        self._vanished.discard(member.name)
         self._last_join = self._now
         if self._checkpoint is not None and len(self.members) == 1:
             self._recovering_since = self._now
@@ -217,8 +216,8 @@ class ServerMachine(Lifecycle):
         if self._stateless or self._gives_way(hello):
             return
         held, state = hello.position, self.replica
-        if hello.epoch > self.epoch:
-            text = f"{hello.name} has met epoch {hello.epoch}; this server is in {self.epoch}"
+        if held.epoch > self.epoch:
+            text = f"{hello.name} holds {held}; this server is in epoch {self.epoch}"
         elif state is not None and held.epoch == self.epoch and held.round > state.position.round:
             # Another process has called itself by the same number: nobody can be ahead of this one.
             text = f"{hello.name} holds {held} of another server; this one is at {state.position}"
@@ -229,15 +228,13 @@ class ServerMachine(Lifecycle):
             self._out.append(SteppedDown(text))
         raise WrongRoundError(text)
 
-    def _check_deserted(self, hello: Hello) -> None:
-        """Everybody was lost at once. Perhaps it is this server that was cut off, and the run goes on elsewhere: a
-        worker that does not know is sent to look there once, before it goes on with this one alone."""
-        if self.round is None or self.round.members < 2 or self.members.workers() or hello.observer:
-            return
-        lost = self.members.departures[-1].reason in (Reason.STREAM_CLOSED, Reason.LEASE_EXPIRED)
-        if lost and hello.epoch < self.epoch and hello.incarnation not in self._sent_on:
-            self._sent_on.append(hello.incarnation)
-            raise RefusedError("all workers of this server were lost at once: look at the other addresses first")
+    def _hear(self, hello: Hello) -> None:
+        """The next epoch is above every one that anybody has heard of, and so is this one, until its first round."""
+        self._epochs_heard = max(self._epochs_heard, hello.epoch, hello.position.epoch)
+        if self.phase is Phase.READYING and hello.epoch >= self.epoch and hello.incarnation not in self._welcomed:
+            self.epoch = self._epochs_heard + 1
+            for member in self.members.by_peer.values():
+                self._welcome(member)
 
     def _supersede(self, hello: Hello) -> None:
         present = self.members.named(hello.name)
@@ -298,7 +295,7 @@ class ServerMachine(Lifecycle):
     def _ready(self, member: Member, position: Position) -> None:
         if member.observer or member.stream is not None or not member.following:
             return
-        if self.replica is None or not _passed(self.replica, position):
+        if self.replica is None or not has_passed(self.replica, position):
             return  # of a state that was given up meanwhile: it says so again when it has caught up
         member.ready = True
         self._clone(member)
@@ -309,10 +306,3 @@ class ServerMachine(Lifecycle):
             self._try_start()
         else:
             self._advance()
-
-
-def _passed(state: Replica, position: Position) -> bool:
-    """Whether a state has been at a position."""
-    if position.round == 0:
-        return state.position.round > 0 or state.position == position
-    return position.round <= state.position.round and state.lineage.epoch_of(position.round) == position.epoch

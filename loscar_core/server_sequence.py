@@ -64,6 +64,7 @@ class Rounds(Followers):
         for member in self._available():
             member.state = MemberState.ACTIVE
         slots = {m.slot: m.incarnation for m in self.members.active()}
+        self._counted = [m.name for m in self.members.active()]
         self.round = ServerRound(
             plan, self.config.seed, self.replica, self.residual, slots, self.limits, self._norm_bound
         )
@@ -185,4 +186,7 @@ class Rounds(Followers):
                 roster,
             )
         )
+        self._counted_last = self._counted
+        self._vanished.intersection_update(self._counted_last)
+        self._sent_on.clear()
         self._open(next_plan)

@@ -12,7 +12,6 @@ The machine is one class in layers, each with one purpose; every layer may call 
 
 from __future__ import annotations
 
-from collections import deque
 from enum import StrEnum
 
 from loscar_core.config import RunConfig, ServerLimits
@@ -24,7 +23,7 @@ from loscar_core.robust import NormBound
 from loscar_core.saved_state import SavedState
 from loscar_core.server_catchup import StateTransfer
 from loscar_core.server_members import Member, MemberTable
-from loscar_core.server_recovery import Claim
+from loscar_core.server_recovery import Claim, Point
 from loscar_core.server_round import ServerRound
 from loscar_core.state import Lineage, Position
 
@@ -68,8 +67,13 @@ class RunState:
         self._provisional_until = now
         """Until then the run here gives way to workers that hold another one: see `Lifecycle._gives_way`."""
         self._sure = False  # several workers, a majority, vouch for the state that is being transferred
+        self._considered: set[Point] = set()  # what workers held when a state was chosen
         self._said_too_few = False
-        self._sent_on: deque[bytes] = deque(maxlen=64)  # incarnations that were asked to look elsewhere first
+        self._welcomed: set[bytes] = set()  # incarnations that know of the epoch which was opened last
+        self._vanished: set[str] = set()  # names whose streams broke or fell silent, and that are not back
+        self._counted: list[str] = []  # names of the members of the open round
+        self._counted_last: list[str] = []  # and of the last committed one
+        self._sent_on: set[bytes] = set()  # incarnations that were asked to look elsewhere first
         self._elapsed_before = 0.0
         self._t0: float | None = None
         self._ended_at: float | None = None
@@ -125,6 +129,8 @@ class RunState:
 
     def _welcome(self, member: Member) -> None:
         state = self.replica
+        if self.phase is Phase.READYING:
+            self._welcomed.add(member.incarnation)
         waiting = 0
         if self.phase is Phase.WAITING and self.limits.workers is not None:
             waiting = max(0, self.limits.workers - len(self.members.workers()))

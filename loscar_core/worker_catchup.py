@@ -87,7 +87,7 @@ class WorkerCatchUp(WorkerRounds):
             long_absence = told.position.round - before > full_cycle
             self._settle(indices, old, new, statistics, long_absence)
             if self._former_at_work:
-                self._settle_former(indices, told.base_round)
+                self._settle_former(told.base_round)
         self._out.append(Emit(Ready(anchor.position)))
         if self._receiving is not None:
             self._announce(self._receiving)
@@ -115,24 +115,23 @@ class WorkerCatchUp(WorkerRounds):
                     sent = -sent if give_back else sent
                     self._out.append(Update(0, record.indices, values, values, sent, None, None, None))
 
-    def _settle_former(self, indices: Indices | None, base_round: int) -> None:
+    def _settle_former(self, base_round: int) -> None:
         """After its state was saved, the process that saved it may have lived on and contributed: then nobody knows
-        what of the saved progress is in the consensus, and it is forgotten where it may be.
+        what of the saved progress is in the consensus, and it is forgotten.
 
         Args:
-            indices: what the missed rounds have selected, or None for everything.
             base_round: the last round that the saved state and the present one share.
         """
         anchor, ledger = self.anchor, self.ledger
         last = max(anchor.inclusion.of(i).round for i in self.formers)
         known = ledger.records.get(last)
         if last > base_round and (known is None or anchor.lineage.epoch_of(last) not in known.epochs):
-            outstanding = [r for r in ledger.all() if not r.decided]
-            for record in outstanding:
-                ledger.decide(record, 0)
+            for record in ledger.all():
+                if not record.decided:
+                    ledger.decide(record, 0)
             ledger.records.clear()
             ledger.superseded.clear()
-            self._forget(None if outstanding else indices)
+            self._forget(None)
         if self.incarnation in self._roster:
             self._former_at_work = False
 

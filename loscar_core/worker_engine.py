@@ -64,7 +64,7 @@ class WorkerEngine(WorkerCatchUp):
             observer=self.observer,
             layout=self.layout,
             vector_checksum=anchor.digest,
-            epoch=self.epoch,
+            epoch=max(self.epoch, self.epoch_heard),
             members=anchor.members,
             position=anchor.position if self.initialised else Position(),
             digest=self._claimed_digest,
@@ -119,12 +119,13 @@ class WorkerEngine(WorkerCatchUp):
 
     def _welcome(self, welcome: Welcome) -> None:
         if welcome.epoch < self.epoch and not welcome.recovering:
-            raise WrongRoundError(f"the server is in epoch {welcome.epoch}; this worker has met {self.epoch}")
+            raise WrongRoundError(f"the server is in epoch {welcome.epoch}; this worker has been in {self.epoch}")
         if self.run_id and welcome.run_id != self.run_id:
             raise ProtocolError("the server answered for another run")
         self.run_id = welcome.run_id
         self.welcome = welcome
         self.slot = welcome.slot
+        self.epoch_heard = max(self.epoch_heard, welcome.epoch)
         self._set_roster([i or None for i in welcome.roster])
         if not (welcome.recovering and self.initialised):
             # A server that has lost its memory is told the run's configuration and time, it does not tell them.

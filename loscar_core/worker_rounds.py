@@ -26,7 +26,7 @@ class WorkerRounds(WorkerHoldings):
     def _open(self, plan: RoundPlan, elapsed_s: float) -> None:
         config = self._configured()
         if self.welcome is not None:
-            # Not before: a server may have opened an epoch and never got a majority to go on with.
+            # Not before: a server may have opened an epoch and never get a majority to go on with.
             self.epoch = max(self.epoch, self.welcome.epoch)
         self.plan = plan
         self.elapsed_s = elapsed_s

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from loscar_core.errors import ConfigError, MalformedError
+from loscar_core.errors import ConfigError, MalformedError, WrongRunError
 from loscar_core.layout import require_same
 from loscar_core.messages import Contribution
 from loscar_core.plan import RoundKind, RoundPlan, parts_of
@@ -80,7 +80,7 @@ def import_worker(engine: WorkerEngine, values: dict[str, Any], arrays: dict[str
     """Give a new engine, of an incarnation of its own, the state of a saved one; its layout must be the same.
 
     Raises:
-        WrongModelError: the state is of another model.
+        WrongModelError, WrongRunError: the state is of another model, or not of the run that the engine insists on.
         MalformedError: it makes no sense.
     """
     try:
@@ -90,6 +90,8 @@ def import_worker(engine: WorkerEngine, values: dict[str, Any], arrays: dict[str
         statistics = np.array(arrays["anchor_statistics"], np.float32)
         saved = restore(values["state"], vector, statistics, None)
         require_same(saved.layout, engine.layout)
+        if engine.run_id and engine.run_id != saved.run_id:
+            raise WrongRunError(f"the saved state is of run {saved.run_id.hex()}, not {engine.run_id.hex()}")
         engine.name = values["name"]
         incarnations = [*values["formers"], values["incarnation"]]
         engine.formers = tuple(bytes.fromhex(i) for i in incarnations[-FORMERS_KEPT:])

@@ -2,7 +2,7 @@
 
 It works on what three parties wrote down independently: the server's event log says which contributions each
 committed round holds, the workers' logs say what those contributions were, and at the end each worker says where it
-is and how far its own steps moved it (see `chaos_worker`). From that it walks the final state's history backwards
+is and how far its own steps moved it (see `books`). From that it walks the final state's history backwards
 along the digest chain, replays it, and checks
 
 - replicas: every anchor is the same, bit for bit, at the same position;
@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from loscar_core.config import RunConfig
 from loscar_core.plan import Part, RoundPlan, parts_of, plan_round
 from loscar_core.replica import checksum_of
-from loscar_deploy.chaos_worker import Lives, read_sent
+from loscar_deploy.books import Lives, read_sent
 from loscar_server.events import read_events
 
 Doubles = NDArray[np.float64]
@@ -63,7 +63,7 @@ class Ending:
 
     Attributes:
         values: what it wrote as JSON.
-        live, anchor, stepped, given, forgone: see `chaos_worker`.
+        live, anchor, stepped, given, forgone: see `books`.
     """
 
     values: dict[str, Any]
@@ -204,7 +204,7 @@ class Contributions:
     """What one worker contributed, in all lives that it knows of.
 
     Args:
-        lives: see `chaos_worker`; a life that was resumed sends what the one before it has left in flight.
+        lives: see `books`; a life that was resumed sends what the one before it has left in flight.
         given_up: rounds of those that it has forgotten.
         folder: with their files.
     """

@@ -9,13 +9,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+import os
 import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence
 from importlib import metadata
 
-from loscar_core.errors import LoscarError, all_errors
-from loscar_deploy.commands import Handler, services, tools, training
+from loscar_core.errors import LoscarError, SystemRefusedError, all_errors
+from loscar_deploy.commands import Handler, comparing, services, tools, training
+
+log = logging.getLogger("loscar")
 
 
 def build_parser() -> ArgumentParser:
@@ -36,7 +39,7 @@ def build_parser() -> ArgumentParser:
         sub.add_argument("--exit-with-parent", action="store_true", help=argparse.SUPPRESS)
         return sub
 
-    for group in (training, services, tools):
+    for group in (training, comparing, services, tools):
         group.declare(command)
     return parser
 
@@ -59,6 +62,7 @@ def _exit_codes() -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
+    _fill_closed_streams()
     args = build_parser().parse_args(arguments)
     logging.basicConfig(level=args.log_level.upper(), format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     if args.exit_with_parent:
@@ -67,14 +71,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
         exit_with_parent()
     try:
         status: int = args.handler(args)
+        sys.stdout.flush()
         return status
     except LoscarError as error:
-        print(f"loscar: {error}", file=sys.stderr)
-        print(f"  {error.hint}", file=sys.stderr)
-        return error.exit_code
+        return _say(error)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        with contextlib.suppress(OSError):
-            sys.stderr.close()
+        _drop_output()
         return 141
+    except OSError as error:
+        log.debug("refused here", exc_info=error)
+        _drop_output()
+        where = f"{error.filename}: " if error.filename else ""
+        return _say(SystemRefusedError(f"{where}{error.strerror or error}"))
+
+
+def _say(error: LoscarError) -> int:
+    print(f"loscar: {error}", file=sys.stderr)
+    print(f"  {error.hint}", file=sys.stderr)
+    return error.exit_code
+
+
+def _drop_output() -> None:
+    """What is still to be written to standard output cannot be; Python would try again at its exit."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _fill_closed_streams() -> None:
+    """A stream that was closed by whoever started this is None, and the next file to be opened would take its place."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115

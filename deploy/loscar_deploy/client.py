@@ -12,7 +12,7 @@ from loscar_core.layout import Layout
 from loscar_core.replica import Floats
 from loscar_core.state import Position
 from loscar_wire._generated import parameter_server_pb2 as pb
-from loscar_wire.mapping import layout_from_pb
+from loscar_wire.pieces import layout_from_pb
 from loscar_wire.status import from_status
 from loscar_wire.transport import FETCH_MODEL, STATUS, STOP, ClientSecurity, call_metadata, channel
 

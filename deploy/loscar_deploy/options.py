@@ -133,14 +133,18 @@ RUN_OPTIONS = (
 """What `add_run` and `add_limits` declare, as a run hands it on to its server."""
 
 
-def add_run(parser: ArgumentParser) -> None:
-    """What every member of a run shares."""
+def add_run(parser: ArgumentParser, *, compared: bool = False) -> None:
+    """What every member of a run shares; `compared`: leave out what a comparison varies."""
     group = parser.add_argument_group("the run")
-    group.add_argument("--density", metavar="P", default="0.05", help="share of the coordinates that a round carries")
-    group.add_argument("--coordinates", metavar="K", help="an exact number of coordinates instead of --density")
+    if not compared:
+        group.add_argument(
+            "--density", metavar="P", default="0.05", help="share of the coordinates that a round carries"
+        )
+        group.add_argument("--coordinates", metavar="K", help="an exact number of coordinates instead of --density")
     group.add_argument("--selection", metavar="KIND", default="sweep", help="sweep, random, block or all")
     group.add_argument("--wire-dtype", metavar="TYPE", default="float32", help="float32, bfloat16, float16 or int8")
-    group.add_argument("--merge", metavar="KIND", default="delay-corrected", help="delay-corrected or overwrite")
+    if not compared:
+        group.add_argument("--merge", metavar="KIND", default="delay-corrected", help="delay-corrected or overwrite")
     group.add_argument("--method", metavar="NAME", default="loscar", help="the training method: loscar")
     group.add_argument(
         "--local-steps", metavar="N", default="auto", help="steps from a merge to the next snapshot, or auto"
@@ -205,12 +209,19 @@ def add_server_security(parser: ArgumentParser) -> None:
     group.add_argument("--insecure", action="store_true", help="serve beyond this machine without TLS and token")
 
 
-def add_machines(parser: ArgumentParser, step_time: str) -> None:
-    """The workers of a whole run: how many, how fast, over which links; `step_time` is the help of --step-time."""
+LINK = "rtt=100ms,rate=20mbit"
+
+
+def add_machines(parser: ArgumentParser, step_time: str, *, compared: bool = False) -> None:
+    """The workers of a whole run: how many, how fast, over which links.
+
+    Args:
+        step_time: the help of --step-time.
+        compared: leave out what a comparison varies.
+    """
     parser.add_argument("--workers", metavar="N", default="4", help="how many workers")
-    parser.add_argument(
-        "--link", metavar="SPEC", default="rtt=100ms,rate=20mbit", help="each worker's link; ; separates"
-    )
+    if not compared:
+        parser.add_argument("--link", metavar="SPEC", default=LINK, help="each worker's link; ; separates")
     parser.add_argument("--slowdown", metavar="F[,F…]", help="how many times slower each worker is (default 1,1,1,2)")
     parser.add_argument("--step-time", metavar="TIME", default="10ms", help=step_time)
     parser.add_argument(

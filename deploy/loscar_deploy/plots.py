@@ -122,7 +122,7 @@ def loss_axis(axes: Axes, values: Sequence[float], label: str) -> None:
     if not positive or len(positive) < len(values) or max(positive) < 2 * min(positive):
         return
     axes.set_yscale("log")
-    few = max(positive) < 100 * min(positive)
+    few = max(positive) < 1000 * min(positive)
     axes.yaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5) if few else (1,), numticks=12))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())

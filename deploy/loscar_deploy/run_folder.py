@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from argparse import Namespace
@@ -28,15 +29,15 @@ class RunFolder:
     """
 
     def __init__(self, path: Path | None) -> None:
-        self.path = path if path is not None else _fresh()
         try:
+            self.path = path if path is not None else _fresh()
             self.path.mkdir(parents=True, exist_ok=True)
             if self.summary.exists() or self.config.exists():
                 raise ConfigError(f"--out {self.path} holds a run already: give another folder")
             (self.path / "logs").mkdir(exist_ok=True)
             (self.path / "workers").mkdir(exist_ok=True)
         except OSError as error:
-            raise ConfigError(f"--out {self.path} cannot be written: {error.strerror or error}") from None
+            raise ConfigError(f"--out {path or RUNS} cannot be written: {error.strerror or error}") from None
 
     @property
     def config(self) -> Path:
@@ -126,6 +127,7 @@ def _fresh() -> Path:
     stamp = time.strftime("%Y%m%d-%H%M%S")
     for suffix in ("", *(f"-{i}" for i in range(2, 100))):
         path = RUNS / f"{stamp}{suffix}"
-        if not path.exists():
+        with contextlib.suppress(FileExistsError):
+            path.mkdir(parents=True)  # at once: another run may begin in the same second
             return path
     raise ConfigError(f"there are a hundred runs of {stamp} under {RUNS} already")

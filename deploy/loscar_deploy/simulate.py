@@ -25,7 +25,7 @@ from loscar_core.replica import Floats
 from loscar_core.server_machine import ServerMachine
 from loscar_core.server_state import Phase
 from loscar_core.worker_engine import WorkerEngine
-from loscar_deploy.link import DirectionModel
+from loscar_deploy.link_model import DirectionModel
 from loscar_deploy.recording import Recorder
 from loscar_deploy.run_folder import RunFolder
 from loscar_deploy.simulation import SimulatedEvaluation, SimulationPlan, SimulationResult, summary_of

@@ -26,9 +26,14 @@ def size(count: float) -> str:
     return f"{count:.1f} TB"
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        raise  # as it came: rich would end the process here and now, with a status of its own
+
+
 def console_for(stream: IO[str]) -> Console:
     """A console on a stream; what is no terminal has no width, so the tables get what they need."""
-    return Console(file=stream) if stream.isatty() else Console(file=stream, width=PIPE_WIDTH)
+    return _Console(file=stream) if stream.isatty() else _Console(file=stream, width=PIPE_WIDTH)
 
 
 def idle_share(member: pb.MemberStatus) -> float:

@@ -108,10 +108,8 @@ def timeline_figure(runs: Sequence[RunData]) -> Figure | None:
     for run, names, axes in zip(runs, shown, panels[:, 0], strict=True):
         _draw_courses(axes, [course_of(run.rounds[w]) for w in names], (start, end))
         axes.set_yticks([-i + 0.05 for i in range(len(names))], names)
-        idle = [w.idle_fraction for w in run.workers() if w.idle_fraction is not None]
-        some = f", {len(names)} of {len(run.rounds)} workers" if len(names) < len(run.rounds) else ""
-        said = f": waits ≤ {max(idle):.1%} of the whole run" if idle else ""
-        axes.set_title(f"{run.label}{said}{some}", loc="left")
+        some = f" ({len(names)} of {len(run.rounds)} workers)" if len(names) < len(run.rounds) else ""
+        axes.set_title(f"{run.label}{_waits(run)}{some}", loc="left")
         axes.set_xlim(start, end)
         axes.grid(False, axis="y")
         axes.tick_params(axis="y", length=0)
@@ -119,6 +117,13 @@ def timeline_figure(runs: Sequence[RunData]) -> Figure | None:
     panels[-1, 0].set_xlabel(time_label([run.simulated for run in runs]))
     legend_above(figure, panels[0, 0])
     return figure
+
+
+def _waits(run: RunData) -> str:
+    idle = max((w.idle_fraction for w in run.workers() if w.idle_fraction is not None), default=None)
+    if idle is None:
+        return ""
+    return ": nobody waits" if idle == 0 else f": waiting takes up to {idle:.1%} of a worker's run"
 
 
 def _draw_courses(axes: Axes, courses: Sequence[Course], window: Span) -> None:
@@ -193,7 +198,8 @@ def staleness_figure(runs: Sequence[RunData]) -> Figure | None:
         axes.set_title(run.label, loc="left")
         axes.set_ylabel("overlap steps Q")
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
-    panels[0, 0].set_ylim(bottom=0)
+    top = max(r["overlap_steps"] for run in runs for w in run.rounds for r in run.own_rounds(w))
+    panels[0, 0].set_ylim(-0.05 * max(1, top), 1.1 * max(1, top))
     panels[-1, 0].set_xlim(left=0)
     panels[-1, 0].set_xlabel(time_label([run.simulated for run in runs]))
     return figure
@@ -216,48 +222,43 @@ def _draw_band(axes: Axes, workers: Sequence[list[dict[str, Any]]]) -> None:
 
 
 def traffic_figure(runs: Sequence[RunData]) -> Figure | None:
-    """Payload of all workers along each run, up and down; None without any merged round."""
+    """Payload of all workers along each run, up and down together; None without any merged round."""
     drawn = [(n, run, _payload(run)) for n, run in enumerate(runs) if any(run.rounds.values())]
     if not drawn:
         return None
-    factor, unit = byte_unit(max(max(up[-1], down[-1]) for _, _, (_, up, down) in drawn))
-    figure = new_figure(3.4)
+    factor, unit = byte_unit(max(sent[-1] for _, _, (_, sent) in drawn))
+    figure = new_figure(3.2)
     axes = figure.add_subplot()
-    for number, run, (times, up, down) in drawn:
+    for number, run, (times, sent) in drawn:
         look = style(number)
-        every = max(1, len(times) // 8)
-        for values, dashes, way in ((up, "-", "up"), (down, (0, (3, 2)), "down")):
-            axes.plot(
-                times,
-                [v / factor for v in values],
-                color=look.colour,
-                linestyle=dashes,
-                marker=look.marker,
-                markerfacecolor=look.colour if way == "up" else "white",
-                markevery=(every // 2 if way == "down" else 0, every),
-                label=f"{run.label}, {way}",
-            )
+        axes.plot(
+            times,
+            [v / factor for v in sent],
+            drawstyle="steps-post",
+            color=look.colour,
+            linestyle=look.dashes,
+            marker=look.marker,
+            markerfacecolor="white",
+            markevery=max(1, len(times) // 8),
+            label=run.label,
+        )
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
     axes.set_xlabel(time_label([run.simulated for _, run, _ in drawn]))
-    axes.set_ylabel(f"payload of all workers / {unit}")
-    legend_above(figure, axes, 3)
+    axes.set_ylabel(f"payload of all workers,\nup and down / {unit}")
+    legend_above(figure, axes)
     return figure
 
 
-def _payload(run: RunData) -> tuple[list[float], list[int], list[int]]:
-    """(times, up, down): sums over the workers after each merge of any of them."""
+def _payload(run: RunData) -> tuple[list[float], list[int]]:
+    """(times, bytes): the sum over the workers after each merge of any of them."""
     merges = sorted(
-        (r["merged_s"], name, r["bytes_up"], r["bytes_down"]) for name, lines in run.rounds.items() for r in lines
+        (r["merged_s"], name, r["bytes_up"] + r["bytes_down"]) for name, lines in run.rounds.items() for r in lines
     )
-    last: dict[str, tuple[int, int]] = {}
-    times, ups, downs = [0.0], [0], [0]
-    up = down = 0
-    for at, name, sent, received in merges:
-        before = last.get(name, (0, 0))
-        up, down = up + sent - before[0], down + received - before[1]
-        last[name] = (sent, received)
+    last: dict[str, int] = {}
+    times, totals = [0.0], [0]
+    for at, name, sent in merges:
+        totals.append(totals[-1] + sent - last.get(name, 0))
         times.append(at)
-        ups.append(up)
-        downs.append(down)
-    return times, ups, downs
+        last[name] = sent
+    return times, totals

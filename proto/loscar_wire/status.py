@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import grpc
 
-from loscar_core.errors import ConnectError, LoscarError, ProtocolError, all_errors
+from loscar_core.errors import AuthenticationError, ConnectError, LoscarError, ProtocolError, all_errors
 
 _CLASSES = {cls.__name__: cls for cls in all_errors()}
 _TRANSIENT = {
@@ -20,6 +20,12 @@ _TRANSIENT = {
     grpc.StatusCode.INTERNAL,
     grpc.StatusCode.OK,
 }
+_TLS_FAILURES = {
+    "CERTIFICATE_VERIFY_FAILED": "the server's certificate is not one that --tls-ca vouches for",
+    "Hostname Verification Check failed": "the server's certificate is for another name or address",
+    "WRONG_VERSION_NUMBER": "the server does not speak TLS",
+}
+"""What the details of a failed handshake name, and what it means to a client; trying again would not help."""
 MAX_DETAILS = 2000
 
 
@@ -35,6 +41,10 @@ def from_status(code: grpc.StatusCode, details: str | None) -> LoscarError:
     cls = _CLASSES.get(name)
     if cls is not None:
         return cls(text)
+    for marker, reason in _TLS_FAILURES.items():
+        _, found, more = (details or "").partition(marker)
+        if found:
+            return AuthenticationError(f"{reason} ({(found + more).rstrip(': .'):.120})")
     if code in _TRANSIENT:
         return ConnectError(details or code.name.lower())
     return ProtocolError(f"{code.name}: {details}")

@@ -59,6 +59,10 @@ SERVER_OPTIONS: Options = [
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     # A second server on the same port must fail, not share it.
     ("grpc.so_reuseport", 0),
+    # Who connects and then says nothing holds a socket no longer than this.
+    ("grpc.server_handshake_timeout_ms", 20_000),
+    ("grpc.max_connection_idle_ms", 300_000),
+    ("grpc.max_concurrent_streams", 1024),
 ]
 
 

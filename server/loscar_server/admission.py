@@ -124,6 +124,8 @@ class Door:
             await self.refuse(context, RefusedError(f"{host} has {self._hosts[host]} streams already"))
         self._hosts[host] += 1
         try:
+            # Otherwise it goes with the first message, and a status could not be sent while that is under way.
+            await context.send_initial_metadata(())
             yield host
         finally:
             self._hosts[host] -= 1

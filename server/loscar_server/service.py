@@ -25,8 +25,9 @@ from loscar_core.state import Position
 from loscar_server.admission import Context, Door, StreamLimits, stalled
 from loscar_server.status import status_of
 from loscar_wire._generated import parameter_server_pb2 as pb
-from loscar_wire.mapping import decode_worker_message, encode_server_message, layout_to_pb
+from loscar_wire.mapping import decode_worker_message, encode_server_message
 from loscar_wire.outbox import Outbox
+from loscar_wire.pieces import layout_to_pb
 from loscar_wire.status import to_status
 from loscar_wire.transport import SERVICE
 
@@ -103,11 +104,12 @@ class ParameterService:
         finally:
             for task in (reader, writer, closing):
                 task.cancel()
-            results = await asyncio.gather(reader, writer, closing, return_exceptions=True)
+            # Before anything is awaited: the peer may break the call in the middle of its end, which ends us here.
             del self._streams[peer]
             if not self._streams:
                 self._no_streams.set()
             self._carry_out(self.machine.disconnected(peer, time.monotonic()))
+            results = await asyncio.gather(reader, writer, closing, return_exceptions=True)
         for result in results:
             if isinstance(result, Exception) and not isinstance(result, (grpc.RpcError, asyncio.InvalidStateError)):
                 log.debug("stream %d ended: %r", peer, result)

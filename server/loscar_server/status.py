@@ -6,7 +6,7 @@ from loscar_core.config import PROTOCOL_VERSION
 from loscar_core.server_machine import ServerMachine
 from loscar_server.refusals import Refusals
 from loscar_wire._generated import parameter_server_pb2 as pb
-from loscar_wire.mapping import config_to_pb, report_to_pb
+from loscar_wire.pieces import config_to_pb, report_to_pb
 
 
 def status_of(

@@ -188,6 +188,7 @@ class _Schedule:
 
         if chaos.standby:
             self._failover()
+        self._look_elsewhere()
         if chance() < chaos.replays:
             self._replay(self.random.choice(cluster.workers))
         if chaos.jumps:
@@ -195,6 +196,7 @@ class _Schedule:
 
     def _kill(self, *, zombie: bool) -> None:
         cluster = self.cluster
+        self._note_what_stays()
         if not self.chaos.standby:
             cluster.kill_server(zombie=zombie)
             cluster.start_server()
@@ -219,23 +221,32 @@ class _Schedule:
             self.addresses[silent] = self.dead  # it has been among the zombies all the while
 
     def _failover(self) -> None:
-        """The server that holds the run is the one that is meant; workers leave the other one before long."""
+        """The server that holds the run is the one that is meant."""
         cluster = self.cluster
         if None in self.addresses and cluster.now >= self.returns:
             self._restart()
         for other in [s for s in self.addresses if s is not None and s is not cluster.server]:
             ours = cluster.machine
-            if other.replica is not None and (ours.replica is None or other.epoch > ours.epoch):
+            on, off = ((s.phase in (Phase.RUNNING, Phase.FINISHED), s.epoch) for s in (other, ours))
+            if on > off and on[0]:
                 cluster.zombies.remove(other)
                 cluster.zombies.append(ours)
                 cluster.server = other
+
+    def _look_elsewhere(self) -> None:
+        """Workers do not stay for long where there is no run, when there is another address."""
+        cluster = self.cluster
         for worker in cluster.workers:
             stream = worker.stream
             if stream is None or worker.engine.plan is not None or worker.out:
                 self.patience.pop(worker, None)
                 continue
+            if not self.chaos.standby and stream.server is cluster.server:
+                continue
             first = stream.server is self.addresses[0]
-            until = self.patience.setdefault(worker, cluster.now + self.random.uniform(0.5, 1.5) * (9 if first else 3))
+            until = self.patience.setdefault(
+                worker, cluster.now + self.random.uniform(0.5, 1.5) * (30 if first else 10)
+            )
             if cluster.now >= until:
                 cluster.cut(worker, noticed=self.random.random() < 0.5)
 
@@ -269,7 +280,7 @@ class _Schedule:
         how = self.random.random()
         now = self.cluster.now
         late = known[-1:] if how < 0.4 else known[1:] if how < 0.6 else []
-        self.away = {w: now + self.random.uniform(0, 15) for w in late}
+        self.away = {w: now + self.random.uniform(0, 5 if self.chaos.standby else 15) for w in late}
 
     def _come_back(self, worker: SimWorker) -> None:
         """Connect, now and then to a server that others have left behind: it must not get a worker that has been at
@@ -303,6 +314,19 @@ class _Schedule:
         if self.chaos.kill == 0:
             return not forever or len(here) > 0
         return 2 * len(here) > len(live)
+
+    def _note_what_stays(self) -> None:
+        """The furthest state, when a majority holds it and the others cannot be taken for one."""
+        cluster = self.cluster
+        known = [w for w in cluster.workers if not w.out and not w.observer and w.engine.initialised]
+        if not known or cluster.book is None:
+            return
+        top = max((w.engine.anchor for w in known), key=lambda a: (a.position.round, a.position.epoch))
+        others = [w for w in known if (w.engine.anchor.position, w.engine.anchor.digest) != (top.position, top.digest)]
+        needed = min((w.engine.anchor.members // 2 + 1 for w in others), default=len(known))
+        node = cluster.book.node_of(top)
+        if node is not None and node.parent is not None and 2 * len(others) < len(known) and len(others) < needed:
+            cluster.kept.append(node)
 
     def _covered(self) -> bool:
         cluster = self.cluster

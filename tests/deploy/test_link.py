@@ -29,8 +29,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loscar_core.errors import ConfigError, PortInUseError
-from loscar_deploy.link import DirectionModel, LinkFarm, LinkProxy
+from loscar_deploy.link import LinkFarm, LinkProxy
 from loscar_deploy.link_app import run_link
+from loscar_deploy.link_model import DirectionModel
 from loscar_deploy.link_spec import DirectionSpec, LinkSpec
 from loscar_wire.transport import parse_address
 

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
-from processes import Processes, Server, status_of
+from processes import DEADLINE_S, Processes, Server, status_of
 
 import loscar_worker as loscar
 from loscar_core import worker_engine
 from loscar_core.errors import all_errors
+from loscar_deploy.certs import make_certificates
 from loscar_deploy.cli import main
+from loscar_deploy.run_folder import RunFolder
 from loscar_worker.tasks import load_task
 
 SUPPORT = Path(__file__).parents[1] / "support"
@@ -194,6 +200,7 @@ def test_what_a_worker_gets(refused: Refused, tmp_path: Path, options: str, said
         ("tiny_task:Tiny.hidden", "Tiny.hidden is not callable"),
         ("builtins:list", "its factory returned list, not a loscar_worker.tasks.Task"),
         (":factory", "is not of the form package.module:factory"),
+        ("./tiny_task:Tiny", "is not of the form package.module:factory"),
     ],
 )
 def test_a_task_that_cannot_be_loaded(
@@ -221,13 +228,19 @@ def test_a_missing_data_file_says_what_to_put_where(refused: Refused, tmp_path: 
         assert said.replace("DIR", str(tmp_path)) in refused(9, *command, "--task", task, "--data-dir", tmp_path)
 
 
-def test_a_run_folder_that_cannot_be_one(refused: Refused, tmp_path: Path) -> None:
+def test_a_run_folder_that_cannot_be_one(refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     assert "file cannot be written: File exists" in refused(3, "run", "--json", "--out", tmp_path / "file")
     assert "x cannot be written: Not a directory" in refused(3, "run", "--json", "--out", tmp_path / "file" / "x")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.toml").touch()
     assert "run holds a run already: give another folder" in refused(3, "run", "--json", "--out", tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    first, second = RunFolder(None), RunFolder(None)
+    assert first.path != second.path
+    shutil.rmtree("runs")
+    Path("runs").touch()
+    assert "--out runs cannot be written: " in refused(3, "run", "--json")
 
 
 def test_a_model_that_is_not_there(refused: Refused, tmp_path: Path) -> None:
@@ -300,3 +313,47 @@ def test_a_token_and_a_configuration_that_do_not_fit(refused: Refused, processes
     # More coordinates than the model has: nobody can know before somebody brings a model.
     assert refused(3, *worker(server, "--token", "right")) == "260 coordinates a round: the model has only 259"
     assert server.popen.poll() is None
+
+
+def test_certificates_that_do_not_fit(refused: Refused, processes: Processes, tmp_path: Path) -> None:
+    """Neither retried nor called an absence."""
+    mine, other = tmp_path / "mine", tmp_path / "other"
+    make_certificates(mine, ["localhost"], [])
+    make_certificates(other, ["localhost"], [])
+    flags = ["--tls-cert", str(mine / "server.pem"), "--tls-key", str(mine / "server-key.pem")]
+    secure, plain = processes.server(*flags, wait=False), processes.server()
+    secure.wait_listening()
+    elsewhere = secure.address.replace("127.0.0.1", "localhost")
+    stranger = refused(11, *worker(secure, "--server", elsewhere, "--tls-ca", str(other / "ca.pem")))
+    assert stranger.startswith("the server's certificate is not one that --tls-ca vouches for (CERTIFICATE_VERIFY")
+    renamed = refused(11, *worker(secure, "--tls-ca", str(mine / "ca.pem")))
+    assert renamed.startswith("the server's certificate is for another name or address (Hostname")
+    unsecured = refused(11, *worker(plain, "--tls-ca", str(mine / "ca.pem")))
+    assert unsecured.startswith("the server does not speak TLS (WRONG_VERSION_NUMBER")
+    swapped = ["--tls-cert", mine / "server.pem", "--tls-key", other / "server-key.pem"]
+    assert "are not a certificate and its key" in refused(3, "server", "--listen", "127.0.0.1:0", *swapped)
+
+
+# --- standard output ----------------------------------------------------------------------------------------
+
+
+def test_standard_output_that_cannot_be_written(processes: Processes) -> None:
+    """Closed from the start, full, or closed by its reader: never a traceback."""
+    server = processes.server()
+    command = [sys.executable, "-m", "loscar_deploy", "status", "--server", server.address]
+
+    def status(redirection: str, *options: str) -> tuple[int, str]:
+        shell = ["sh", "-c", f'exec "$@" {redirection}', "sh", *command, *options]
+        done = subprocess.run(shell, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, timeout=DEADLINE_S)
+        return done.returncode, done.stderr
+
+    assert status(">&-") == (0, "")
+    full = "loscar: No space left on device\n  check the free space, the permissions and the limits (ulimit -a) of this"
+    assert status(">/dev/full") == (21, f"{full} machine\n")
+    assert status(">/dev/full", "--json") == (21, f"{full} machine\n")
+    reader, writer = os.pipe()
+    os.close(reader)
+    for options in ([], ["--json"], ["--watch"]):
+        done = subprocess.run([*command, *options], stdout=writer, stderr=subprocess.PIPE, timeout=DEADLINE_S)
+        assert (done.returncode, done.stderr) == (141, b"")
+    os.close(writer)

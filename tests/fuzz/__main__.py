@@ -201,7 +201,8 @@ def guided(one: Callable[[bytes], None], args: argparse.Namespace) -> None:
     flags = [f"-atheris_runs={args.runs}", f"-max_total_time={int(args.seconds)}", f"-seed={args.seed}"]
     # The parent watches the time: what libFuzzer's own limit ends leaves no report.
     flags += [f"-timeout={int(100 * HANG_S)}", "-rss_limit_mb=2048", f"-max_len={MAX_INPUT_BYTES}"]
-    flags += ["-print_funcs=0", "-reduce_inputs=0", f"-artifact_prefix={args.corpus}/"]
+    # Entropic scheduling would count every feature for every input that is kept: memory of the fuzzer's own.
+    flags += ["-entropic=0", "-print_funcs=0", "-reduce_inputs=0", f"-artifact_prefix={args.corpus}/"]
     atheris.Setup([sys.argv[0], *flags, str(args.corpus)], one, custom_mutator=mutate)
     atheris.Fuzz()
 

@@ -135,10 +135,16 @@ class Processes:
         """`loscar ARGUMENTS`."""
         return self._start(Process, [sys.executable, "-m", "loscar_deploy", *arguments], cwd, environment)
 
-    def server(self, *flags: str, listen: str = "127.0.0.1:0", wait: bool = True) -> Server:
-        """A `loscar server` on a free port."""
+    def server(
+        self,
+        *flags: str,
+        listen: str = "127.0.0.1:0",
+        wait: bool = True,
+        program: Sequence[str] = ("-m", "loscar_deploy"),
+    ) -> Server:
+        """A `loscar server` on a free port; `program` is what runs the command line."""
         arguments = ["server", "--listen", listen, "--json", *flags]
-        server = self._start(Server, [sys.executable, "-m", "loscar_deploy", *arguments], None, {})
+        server = self._start(Server, [sys.executable, *program, *arguments], None, {})
         if wait:
             server.wait_listening()
         return server

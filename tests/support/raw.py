@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import queue
+import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -13,7 +15,7 @@ import numpy as np
 from processes import DEADLINE_S
 
 from loscar_core.layout import Layout, Segment
-from loscar_core.messages import Answer, Commit, Leave, Reason, ServerMessage, WorkerMessage
+from loscar_core.messages import Answer, Commit, Heartbeat, Leave, Reason, ServerMessage, WorkerMessage
 from loscar_core.worker_effects import Emit, ProgressWanted, RoundOpen, Update, WorkerEffect
 from loscar_core.worker_engine import WorkerEngine
 from loscar_wire.mapping import decode_server_message, encode_worker_message
@@ -42,12 +44,20 @@ class Outcome:
 
 
 class RawStream:
-    """A Train stream of bytes, closed at the end of its `with`."""
+    """A Train stream of bytes, closed at the end of its `with`.
 
-    def __init__(self, channel: grpc.Channel, metadata: Sequence[tuple[str, str]] = ()) -> None:
+    Args:
+        channel: to the server.
+        metadata: with a token, say.
+        deadline_s: the longest that it may take from beginning to end.
+    """
+
+    def __init__(
+        self, channel: grpc.Channel, metadata: Sequence[tuple[str, str]] = (), deadline_s: float = DEADLINE_S
+    ) -> None:
         self._requests: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         requests = iter(self._requests.get, None)
-        self.call = channel.stream_stream(TRAIN)(requests, timeout=DEADLINE_S, metadata=metadata)
+        self.call = channel.stream_stream(TRAIN)(requests, timeout=deadline_s, metadata=metadata)
 
     def __enter__(self) -> Self:
         return self
@@ -137,6 +147,16 @@ class HandWorker:
                     [commit] = [m for m in self.received if isinstance(m, Commit)]
                     included = [m.included for m in self.received if isinstance(m, Answer) and m.offset == 0]
                     return Outcome(effect.new_anchor - effect.anchor, commit.members, included)
+
+    def keep_alive(self) -> None:
+        """Send heartbeats until the stream is closed, whatever else is done meanwhile."""
+
+        def beat() -> None:
+            while self.stream.call.is_active():
+                self.stream.send(Heartbeat(time.monotonic_ns(), 0))
+                time.sleep(0.2)
+
+        threading.Thread(target=beat, daemon=True).start()
 
     def leave(self) -> None:
         self.stream.send(Leave(Reason.LEFT))

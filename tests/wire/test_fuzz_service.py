@@ -50,7 +50,7 @@ TOKEN = [("authorization", "Bearer secret")]
 CLASSES = {cls.__name__ for cls in all_errors()}
 FLAGS = ["--token", "secret", "--workers", "1", "--density", "0.25", "--recover-after", "0s", "--max-params", "1000"]
 FLAGS += ["--joins-per-second", "100000", "--log-level", "warning"]
-STRANGERS = 200
+STRANGERS = 120
 MEMORY_BYTES = 4 << 20
 """What a server may grow by between the first strangers and the last: less than 50 kB for each."""
 
@@ -102,7 +102,10 @@ def town(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Town]:
     try:
         server = processes.server(*FLAGS)
         options = [("grpc.max_send_message_length", -1)]
-        with grpc.insecure_channel(server.address, options) as channel, RawStream(channel, TOKEN) as stream:
+        with (
+            grpc.insecure_channel(server.address, options) as channel,
+            RawStream(channel, TOKEN, 4 * DEADLINE_S) as stream,
+        ):
             found = Town(server, channel, HandWorker(stream, engine_of("honest", DIMENSION)))
             found.honest_round()
             yield found

@@ -13,7 +13,8 @@ from loscar_core.config import PROTOCOL_VERSION, RunConfig
 from loscar_core.errors import MalformedError
 from loscar_core.messages import Leave, StopRun
 from loscar_wire._generated import parameter_server_pb2 as pb
-from loscar_wire.mapping import config_to_pb, decode_worker_message
+from loscar_wire.mapping import decode_worker_message
+from loscar_wire.pieces import config_to_pb
 
 HUGE = (1 << 64) - 1
 

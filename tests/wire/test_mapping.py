@@ -31,13 +31,12 @@ from loscar_core.values import ValueType
 from loscar_core.worker_engine import WorkerEngine
 from loscar_wire._generated import parameter_server_pb2 as pb
 from loscar_wire.mapping import (
-    config_from_pb,
-    config_to_pb,
     decode_server_message,
     decode_worker_message,
     encode_server_message,
     encode_worker_message,
 )
+from loscar_wire.pieces import config_from_pb, config_to_pb
 
 WORKER_MESSAGES = typing.get_args(m.WorkerMessage)
 SERVER_MESSAGES = typing.get_args(m.ServerMessage)

@@ -8,6 +8,7 @@ import os
 import signal
 import statistics
 import time
+import zipfile
 from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -194,13 +195,15 @@ def run_worker(options: WorkerOptions) -> int:
     rounds = open(options.rounds_log, "w", encoding="utf-8") if options.rounds_log else None  # noqa: SIM115
     try:
         saved = _load_state(options.state)
+        if saved is not None:
+            _load_optimizer(options, optimizer, saved)
         session = stopper.join(lambda: _join(options, model, rounds, saved))
         with session:
             batches = _batches(options, task, session, saved)
-            if saved is not None:
-                optimizer.load_state_dict(saved["optimizer"])
-                batches.load_state_dict(saved["batches"])
             saver = StateSaver(options.state, options.state_every_s, session, optimizer, batches)
+            if saved is not None and not session.finished:
+                # Before anything is contributed: what has been resumed from must not be resumed from twice.
+                saver.save()
             _train(session, task, model, optimizer, batches, timer, stopper, saver)
         if options.save_model is not None:
             save_live_model(options.save_model, session)
@@ -264,7 +267,10 @@ class StateSaver:
         }
         part = self._path.with_suffix(self._path.suffix + ".part")
         try:
-            torch.save(state, part)
+            with part.open("wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
             part.replace(self._path)
         except (OSError, RuntimeError) as error:  # torch's own writer raises the latter
             log.error("--state %s cannot be written: %s; what was saved before is untouched", self._path, error)
@@ -276,14 +282,23 @@ def _load_state(path: Path | None) -> dict[str, Any] | None:
     if path is None or not path.exists():
         return None
     try:
-        state: object = torch.load(path, weights_only=True)
+        with zipfile.ZipFile(path) as file:  # torch itself does not look at the checksums that it writes
+            state: object = None if file.testzip() else torch.load(path, weights_only=True)
     except OSError as error:
         raise ConfigError(f"--state {path} cannot be read: {error.strerror or error}") from None
     except Exception:  # torch raises whatever comes, index errors too, for a file that is not one of its own
         state = None
     if isinstance(state, dict) and {"session", "optimizer", "batches"} <= state.keys():
         return state
-    raise ConfigError(f"--state {path} is no worker's state")
+    raise ConfigError(f"--state {path} is no worker's state, or damaged: without it, a new worker joins")
+
+
+def _load_optimizer(options: WorkerOptions, optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Raises ConfigError for the state of another kind of optimizer."""
+    try:
+        optimizer.load_state_dict(saved["optimizer"])
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ConfigError(f"--state {options.state} does not fit --task {options.task}: {error}") from None
 
 
 def _join(
@@ -329,6 +344,8 @@ def _join(
         rejoin=options.rejoin,
         state=None if saved is None else saved["session"],
     )
+    if saved is not None:
+        log.info("%s goes on from %s after %d steps", session.name, options.state, session.steps)
     log.info("%s joined run %s at slot %d", session.name, session.run_id, session.slot)
     return session
 
@@ -337,9 +354,20 @@ def _batches(options: WorkerOptions, task: Task, session: Session, saved: dict[s
     indices = partition(task.labels(), options.partition, options.workers, session.slot, options.seed)
     # Who joins a running run must not repeat the order of whoever had the slot before.
     incarnation = 0 if session.joined_at_start else int.from_bytes(session.engine.incarnation[:4], "little")
-    if saved is not None:
-        incarnation = saved["batches"]["incarnation"]
-    return Batches(task.train, indices, task.batch_size, seed=options.seed, slot=session.slot, incarnation=incarnation)
+    kept = None if saved is None else saved["batches"]
+    if kept is not None and kept["slot"] != session.slot:
+        log.warning(
+            "slot %d is another worker's by now: the data of slot %d from their start", kept["slot"], session.slot
+        )
+        kept = None
+    if kept is not None:
+        incarnation = kept["incarnation"]
+    batches = Batches(
+        task.train, indices, task.batch_size, seed=options.seed, slot=session.slot, incarnation=incarnation
+    )
+    if kept is not None:
+        batches.load_state_dict(kept)
+    return batches
 
 
 def _train(

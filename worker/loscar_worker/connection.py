@@ -40,7 +40,13 @@ MAX_BACKOFF_S = 10.0
 DEFAULT_HEARTBEAT_S = 2.0
 DEFAULT_LEASE_S = 15.0
 LEAVE_FLUSH_S = 5.0
-COMEBACK = {Reason.SERVER_STOPPED, Reason.STEPPED_DOWN, Reason.LEASE_EXPIRED, Reason.STREAM_CLOSED}
+COMEBACK = {
+    Reason.SERVER_STOPPED,
+    Reason.STEPPED_DOWN,
+    Reason.CUT_OFF,
+    Reason.LEASE_EXPIRED,
+    Reason.STREAM_CLOSED,
+}
 
 
 @dataclass(frozen=True, slots=True)

@@ -306,11 +306,14 @@ def join(
         view, engine, options, pace, on_round=on_round, on_evaluation=on_evaluation, rejoin=parse_rejoin(rejoin)
     )
     if state is not None:
-        arrays = {name: tensor.numpy() for name, tensor in state["arrays"].items()}
-        import_worker(engine, json.loads(state["worker"]), arrays)
-        view.load_vector(state["live"].numpy())
-        view.load_statistics(state["live_statistics"].numpy())
-        session.name, session.steps = engine.name, state["steps"]
+        try:
+            arrays = {name: tensor.numpy() for name, tensor in state["arrays"].items()}
+            import_worker(engine, json.loads(state["worker"]), arrays)
+            view.load_vector(state["live"].numpy())
+            view.load_statistics(state["live_statistics"].numpy())
+            session.name, session.steps = engine.name, state["steps"]
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise ConfigError(f"state is not what Session.state_dict gave: {error!r}") from None
     session._join()
     return session
 

@@ -7,6 +7,7 @@ Each module has a `declare(command)` that the parser calls. Commands import what
 from __future__ import annotations
 
 import json
+import os
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +23,11 @@ Declare = Callable[[str, Handler, str], ArgumentParser]
 
 def print_json(value: Any) -> None:
     print(json.dumps(value), flush=True)
+
+
+def quiet_grpc() -> None:
+    """For clients, before grpc is imported: its own log only repeats what their errors say, for every attempt."""
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 
 def require_torch() -> None:

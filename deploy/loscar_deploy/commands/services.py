@@ -8,7 +8,7 @@ from pathlib import Path
 
 from loscar_core.errors import ConfigError
 from loscar_deploy import options as o
-from loscar_deploy.commands import Declare, download, print_json, require_torch
+from loscar_deploy.commands import Declare, download, print_json, quiet_grpc, require_torch
 
 _MOST_SLOTS = 1 << 32  # the wire's; a server's own limit is --max-members
 _MOST_THREADS = 4096
@@ -53,6 +53,7 @@ def _server(args: Namespace) -> int:
 
 def _worker(args: Namespace) -> int:
     require_torch()
+    quiet_grpc()
     from loscar_server.app import run_id_bytes
     from loscar_worker.app import WorkerOptions, run_worker
 
@@ -102,6 +103,7 @@ def _pace(option: str, text: str | None) -> int | str | None:
 
 
 def _status(args: Namespace) -> int:
+    quiet_grpc()
     import uvloop
 
     from loscar_deploy.status import show_status

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from loscar_core.errors import ConfigError
 from loscar_deploy import options as o
-from loscar_deploy.commands import Declare, print_json, require_torch
+from loscar_deploy.commands import Declare, print_json, quiet_grpc, require_torch
 
 _MOST_DAYS = 36_500
 
@@ -62,6 +62,7 @@ def _certs(args: Namespace) -> int:
 
 
 def _doctor(args: Namespace) -> int:
+    quiet_grpc()
     from loscar_deploy.doctor import Questions, examine, report
 
     findings = examine(

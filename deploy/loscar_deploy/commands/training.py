@@ -12,6 +12,7 @@ from loscar_deploy.commands import Declare, download, print_json, require_torch
 if TYPE_CHECKING:
     from loscar_deploy.run import RunPlan
     from loscar_deploy.simulation import SimulationPlan
+    from loscar_worker.tasks import Task
 
 
 def run_plan(args: Namespace) -> RunPlan:
@@ -45,8 +46,8 @@ def run_plan(args: Namespace) -> RunPlan:
     )
 
 
-def simulation_plan(args: Namespace) -> SimulationPlan:
-    """The same for a simulation, with its task loaded; one thread from here on.
+def simulation_plan(args: Namespace, task: Task | None = None) -> SimulationPlan:
+    """The same for a simulation, with its task loaded unless it is given; one thread from here on.
 
     Raises:
         ConfigError: a wrong value, an unknown task, or data that are not there.
@@ -71,10 +72,13 @@ def simulation_plan(args: Namespace) -> SimulationPlan:
     from loscar_worker.tasks import load_task
 
     torch.set_num_threads(1)
-    if args.download:
-        download(args)
+    if task is None:
+        if args.download:
+            download(args)
+        size = None if batch_sizes is None else batch_sizes[0]
+        task = load_task(args.task, args.data_dir, batch_size=size, lr=lr)
     return SimulationPlan(
-        load_task(args.task, args.data_dir, batch_size=None if batch_sizes is None else batch_sizes[0], lr=lr),
+        task,
         config,
         workers,
         links,

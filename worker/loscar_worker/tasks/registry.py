@@ -83,7 +83,7 @@ def load_task(
 
 def _import_factory(spec: str, *, from_working_directory: bool) -> Callable[..., object]:
     module_name, _, attribute = spec.partition(":")
-    if not module_name or not attribute:
+    if not attribute or not all(piece.isidentifier() for piece in module_name.split(".")):
         raise UnknownTaskError(f"task {spec!r} is not of the form package.module:factory")
     if from_working_directory:
         here = os.getcwd()
