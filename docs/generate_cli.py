@@ -48,6 +48,7 @@ The first SIGINT or SIGTERM ends things in order, the second at once.
 | `loscar server` | ends the run after the open round, with its final round; waits for the workers to leave, does not linger | exit status 130 |
 | `loscar worker` | leaves after the current step; the run goes on without it; exit status 0 | ends at once; exit status 130, after SIGTERM 143 |
 | `loscar link` | closes the link | |
+| the others | end at once; exit status 130 | |
 """  # noqa: E501
 
 OTHER_CODES = {

@@ -59,6 +59,10 @@ class Purpose(IntEnum):
 # --- worker to server ---------------------------------------------------------------------------------------
 
 
+OTHER_SERVERS = "other-servers"
+"""Capability of a worker that knows several addresses: the run may go on at one of the others."""
+
+
 @dataclass(frozen=True, slots=True)
 class Hello:
     """First message of every stream.
@@ -78,7 +82,7 @@ class Hello:
         digest: the anchor's digest.
         lineage: which epochs closed the rounds below `position`.
         recent: the last rounds that it committed, oldest first.
-        capabilities: reserved for optional features.
+        capabilities: optional features; so far only `OTHER_SERVERS`.
     """
 
     protocol_version: int

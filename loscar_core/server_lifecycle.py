@@ -9,7 +9,17 @@ import numpy as np
 from loscar_core.config import RunConfig
 from loscar_core.effects import Close, MemberGone, Notice, Refused, RunStarted
 from loscar_core.errors import LoscarError, MalformedError
-from loscar_core.messages import Goodbye, Hello, OpenRound, Purpose, Reason, SendState, StateOffer, VectorChunk
+from loscar_core.messages import (
+    OTHER_SERVERS,
+    Goodbye,
+    Hello,
+    OpenRound,
+    Purpose,
+    Reason,
+    SendState,
+    StateOffer,
+    VectorChunk,
+)
 from loscar_core.plan import RoundKind, RoundPlan, end_plan
 from loscar_core.replica import Replica
 from loscar_core.server_catchup import StateTransfer
@@ -58,8 +68,10 @@ class Lifecycle(Rounds):
     @property
     def _any_will_do(self) -> bool:
         """Who restarts the run's own server with its disk, or ends the run, or asks not to wait for a majority, means
-        it. Otherwise fewer may be the ones who were cut off, while the run goes on at another server."""
-        return self._resumed or self.stop_reason is not None or self.limits.recover_after_s == 0
+        it; and workers that know of no other server cannot have been cut off from it. Otherwise fewer may be the ones
+        who were cut off, while the run goes on at another server."""
+        meant = self._resumed or self.stop_reason is not None or self.limits.recover_after_s == 0
+        return meant or not any(OTHER_SERVERS in m.hello.capabilities for m in self.members.workers())
 
     @property
     def _majority(self) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from loscar_core.config import PROTOCOL_VERSION
 from loscar_core.errors import MalformedError, ProtocolError, WrongRoundError
 from loscar_core.messages import (
+    OTHER_SERVERS,
     Answer,
     CatchUp,
     Commit,
@@ -70,6 +71,7 @@ class WorkerEngine(WorkerCatchUp):
             digest=self._claimed_digest,
             lineage=anchor.lineage,
             recent=anchor.history.last(RECENT_SENT),
+            capabilities=(OTHER_SERVERS,) if self.other_servers else (),
         )
 
     def disconnected(self) -> None:

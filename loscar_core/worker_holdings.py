@@ -75,6 +75,8 @@ class WorkerHoldings:
         self.anchor = Replica.initial(vector, statistics)
         self.ledger = Ledger()
         self.epoch = 0
+        self.other_servers = True
+        """There are further addresses, so that another server may be holding the run."""
         self.epoch_heard = 0
         """The latest that any server has spoken of; it may never have got a majority to go on with."""
         self.slot = -1

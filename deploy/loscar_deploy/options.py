@@ -67,6 +67,14 @@ def number(option: str, text: str) -> float:
     return value
 
 
+def positive(option: str, text: str) -> float:
+    """A finite number above 0. Raises ConfigError naming the option."""
+    value = number(option, text)
+    if value <= 0:
+        raise ConfigError(f"{option} {text!r} is not above 0")
+    return value
+
+
 def steps_or_auto(option: str, text: str | None) -> int | None:
     """A number of steps, or None for "auto"."""
     if text is None or text == "auto":

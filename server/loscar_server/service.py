@@ -126,7 +126,7 @@ class ParameterService:
             self._refuse(peer, MalformedError(f"no hello within {patience_s:g} s"))
             return
         data = first.result()
-        while data is not grpc.aio.EOF:
+        while data is not grpc.aio.EOF and not stream.outbox.closing:
             self.bytes_in += len(data)
             self._received(peer, stream, data)
             if stream.outbox.closing:

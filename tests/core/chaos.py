@@ -177,7 +177,7 @@ class _Schedule:
             if not worker.out and not worker.observer and self._may_go(worker, forever=True):
                 self.crashes += 1
                 self._come_back(cluster.crash(worker, noticed=chance() < 0.5))
-        if chance() < chaos.kill and self.kills < chaos.kills and self._covered():
+        if chance() < chaos.kill and self.kills < chaos.kills and None not in self.addresses and self._covered():
             self.kills += 1
             self._choose_comebacks()
             self._kill(zombie=chaos.zombies and self._round() > 0 and chance() < 0.5)
@@ -203,14 +203,24 @@ class _Schedule:
             return
         dead = cluster.machine
         at = self.addresses.index(dead)
+        if self.addresses[1 - at].replica is not None:  # type: ignore[union-attr]
+            self._replace(1 - at)
         cluster.kill_server(zombie=zombie)
-        if None in self.addresses:
-            self._restart()
         self.dead, self.addresses[at] = dead if zombie else None, None
         self.returns = cluster.now + self.random.choice([0.0, 5.0, 20.0])
         other = next(s for s in self.addresses if s is not None)
         cluster.zombies.remove(other)
         cluster.server = other
+
+    def _replace(self, at: int) -> None:
+        """A stale server does not stay for ever: a new process waits in its place."""
+        stale = self.addresses[at]
+        assert stale is not None
+        for worker in self.cluster.workers:
+            if worker.stream is not None and worker.stream.server is stale:
+                self.cluster.cut(worker)
+        self.cluster.zombies.remove(stale)
+        self.addresses[at] = self.cluster.add_standby()
 
     def _restart(self) -> None:
         """Somebody answers again at the address that was silent: a new process, or the old one with all it knew."""
@@ -224,7 +234,9 @@ class _Schedule:
         """The server that holds the run is the one that is meant."""
         cluster = self.cluster
         if None in self.addresses and cluster.now >= self.returns:
-            self._restart()
+            # A server that was only cut off is back when the others have gone on without it.
+            if self.dead is None or cluster.machine.phase in (Phase.RUNNING, Phase.FINISHED):
+                self._restart()
         for other in [s for s in self.addresses if s is not None and s is not cluster.server]:
             ours = cluster.machine
             on, off = ((s.phase in (Phase.RUNNING, Phase.FINISHED), s.epoch) for s in (other, ours))

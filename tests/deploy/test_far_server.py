@@ -1,4 +1,4 @@
-"""A server at the other end of a slow link is reached, by one-off calls and by workers (whose channels are the same)."""
+"""A server at the other end of a slow link is reached by one-off calls and by workers, whose channels are the same."""
 
 from __future__ import annotations
 

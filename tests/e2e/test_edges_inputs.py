@@ -260,6 +260,8 @@ def test_tools(refused: Refused, tmp_path: Path) -> None:
     assert "the worker's name '../a'" in refused(3, "certs", tmp_path, "--workers", "../a")
     assert "--days '1e9' is above 36500" in refused(3, "certs", tmp_path, "--days", "1e9")
     assert not list(tmp_path.iterdir())
+    assert "--seconds '-1' is not above 0" in refused(3, "chaos", "--json", "--seconds", "-1")
+    assert "--faults '0' is not above 0" in refused(3, "chaos", "--json", "--faults", "0")
     assert "--churn-every '0s' is no time at all" in refused(3, "simulate", "--churn", "0.1", "--churn-every", "0s")
     few = ["simulate", "--json", "--task", "tiny_task:Tiny"]
     assert "churn 2 is outside [0, 1]" in refused(3, *few, "--churn", "2")

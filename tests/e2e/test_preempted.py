@@ -136,6 +136,10 @@ def test_a_worker_that_is_killed_comes_back_and_no_step_counts_twice(
     life.wait_for_steps(done + 20)
     second.signal(signal.SIGKILL)
     second.wait()
+    again = _load_state(life.state)
+    assert again is not None
+    assert again["session"]["steps"] == saved["session"]["steps"]
+    assert len(json.loads(again["session"]["worker"])["formers"]) == 1, "what it came back from is not used again"
     third = life.start("--state-every", "10m")  # from what the second one saved when it came back
     life.wait_for_steps(len(life.steps) + 20)
     finish(server, third)

@@ -84,6 +84,7 @@ class Connection:
         report: Callable[[], WorkerReport],
     ) -> None:
         self.engine = engine
+        engine.other_servers = len(options.servers) > 1
         self.reconnects = 0
         self.round_trip_s: float | None = None
         self._options = options

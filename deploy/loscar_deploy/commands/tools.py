@@ -93,10 +93,10 @@ def _chaos(args: Namespace) -> int:
     from loscar_deploy.chaos_faults import ChaosOptions
 
     options = ChaosOptions(
-        seconds=o.number("--seconds", args.seconds),
+        seconds=o.positive("--seconds", args.seconds),
         workers=o.whole("--workers", args.workers, 2),
         seed=o.whole("--seed", args.seed),
-        faults_per_s=o.number("--faults", args.faults),
+        faults_per_s=o.positive("--faults", args.faults),
         undisturbed=not args.alone,
         out=args.out,
     )
