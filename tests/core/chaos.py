@@ -233,10 +233,10 @@ class _Schedule:
     def _failover(self) -> None:
         """The server that holds the run is the one that is meant."""
         cluster = self.cluster
-        if None in self.addresses and cluster.now >= self.returns:
-            # A server that was only cut off is back when the others have gone on without it.
-            if self.dead is None or cluster.machine.phase in (Phase.RUNNING, Phase.FINISHED):
-                self._restart()
+        # A server that was only cut off is back when the others have gone on without it.
+        may_return = self.dead is None or cluster.machine.phase in (Phase.RUNNING, Phase.FINISHED)
+        if None in self.addresses and cluster.now >= self.returns and may_return:
+            self._restart()
         for other in [s for s in self.addresses if s is not None and s is not cluster.server]:
             ours = cluster.machine
             on, off = ((s.phase in (Phase.RUNNING, Phase.FINISHED), s.epoch) for s in (other, ours))
@@ -318,13 +318,20 @@ class _Schedule:
     # --- what the schedules keep ----------------------------------------------------------------------------
 
     def _may_go(self, worker: SimWorker, *, forever: bool = False) -> bool:
-        """A minority is away at a time; whoever dies for good is not missed by a recovery."""
-        live = [w for w in self.cluster.workers if not w.out and not w.observer]
-        here = [w for w in self.cluster.active() if w in live and w is not worker]
+        """A minority is away at a time, also of the last round's members; whoever dies for good is not missed by a
+        recovery."""
+        cluster = self.cluster
+        live = [w for w in cluster.workers if not w.out and not w.observer]
+        here = [w for w in cluster.active() if w in live and w is not worker]
         if worker.observer:
             return True
         if self.chaos.kill == 0:
             return not forever or len(here) > 0
+        if self.chaos.standby:
+            here = [w for w in here if w.stream is not None and w.stream.server is cluster.server]
+            state = cluster.machine.replica
+            if state is not None and len(live) - len(here) > state.members // 2:
+                return False
         return 2 * len(here) > len(live)
 
     def _note_what_stays(self) -> None:
