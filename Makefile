@@ -7,7 +7,7 @@ PROTO_TOOLS := grpcio-tools==1.72.1
 PROTO_VENV := .venv-proto
 GENERATED := proto/loscar_wire/_generated
 
-.PHONY: run test bench fuzz soak lint types proto clean
+.PHONY: run test bench chaos fuzz soak lint types proto clean
 
 run: $(VENV)/worker.stamp
 	$(BIN)/loscar run $(ARGS)
@@ -22,6 +22,10 @@ test: $(VENV)/dev.stamp $(PROTO_VENV)/stamp
 bench: $(VENV)/worker.stamp
 	status=0; for script in cli_start.py session_overhead.py main_job.py "a9a.py --download"; do \
 		$(BIN)/python benchmarks/$$script || status=1; done; exit $$status
+
+# A run whose processes and links fail for a minute, and its audit; five seeds, about three minutes each.
+chaos: $(VENV)/worker.stamp
+	$(BIN)/python benchmarks/chaos.py $(ARGS)
 
 # A million conversations with the server; guided by coverage where atheris has a wheel for this Python.
 fuzz: $(VENV)/fuzz.stamp

@@ -20,11 +20,11 @@ from loscar_core.messages import (
     StateOffer,
     VectorChunk,
 )
-from loscar_core.plan import RoundKind, RoundPlan, end_plan
+from loscar_core.plan import HISTORY_ROUNDS, RoundKind, RoundPlan, end_plan
 from loscar_core.replica import Replica
 from loscar_core.server_catchup import StateTransfer
 from loscar_core.server_members import Member, MemberState
-from loscar_core.server_recovery import Choice, Claim, choose
+from loscar_core.server_recovery import Choice, Claim, behind, choose
 from loscar_core.server_sequence import Rounds
 from loscar_core.server_state import Phase
 from loscar_core.state import Position
@@ -110,6 +110,7 @@ class Lifecycle(Rounds):
         self._provisional_until = self._now + (0.0 if sure else self.limits.recover_after_s)
         before, self.epoch = self.epoch, max(self._epochs_heard, state.position.epoch) + 1
         self._welcomed.clear()
+        self._begun = config is None
         if config is None:
             state.position = Position(self.epoch, 0)
         else:
@@ -178,6 +179,8 @@ class Lifecycle(Rounds):
         self._out.append(Notice("workers hold a state of this run: recovering it"))
         self._said_too_few = False
         if self.replica is not None:
+            if self._begun:
+                self._begun_in_vain.update((e.position, e.digest) for e in self.replica.history.last(HISTORY_ROUNDS))
             self._epochs_heard = max(self._epochs_heard, self.epoch)
             for member in self.members.by_peer.values():
                 member.state, member.ready = MemberState.JOINING, False
@@ -224,12 +227,17 @@ class Lifecycle(Rounds):
         saved = self._checkpoint
         self._considered = {(c.position, c.digest) for c in self._claims.values()}
         present = len(self.members.workers())
-        choice = choose(list(self._claims.values()), waited=waited, present=None if self._any_will_do else present)
+        claims = behind(list(self._claims.values()), self._begun_in_vain)
+        choice = choose(claims, waited=waited, present=None if self._any_will_do else present)
         if waited and choice is None and self._holders and saved is None:
             if not self._said_too_few:
                 self._said_too_few = True
                 what = f"{present} workers are here, which is no majority of the run's"
                 self._out.append(Notice(f"{what}: the others may be at another server; waiting for more of them"))
+            self._recovering_since = self._now
+            for member in self.members.workers():
+                if OTHER_SERVERS in member.hello.capabilities:
+                    self._dismiss(member, Reason.CUT_OFF, "too few are here: look for the others elsewhere")
             return
         if saved is None and waited and choice is None:
             self.phase = Phase.WAITING  # nobody came back who holds the state

@@ -215,15 +215,18 @@ class ServerMachine(Lifecycle):
             raise WrongRoundError(self.retired)
         if self._stateless or self._gives_way(hello):
             return
-        held, state = hello.position, self.replica
+        held, state, alone = hello.position, self.replica, not self.members.workers()
         if held.epoch > self.epoch:
             text = f"{hello.name} holds {held}; this server is in epoch {self.epoch}"
+        elif hello.epoch > self.epoch and alone and self.phase is not Phase.FINISHED:
+            # Nobody is left here, and somewhere else an epoch was opened, though perhaps no round of it.
+            text = f"{hello.name} has heard of epoch {hello.epoch}; this server is in {self.epoch}"
         elif state is not None and held.epoch == self.epoch and held.round > state.position.round:
             # Another process has called itself by the same number: nobody can be ahead of this one.
             text = f"{hello.name} holds {held} of another server; this one is at {state.position}"
         else:
             return
-        if not self.members.workers():
+        if alone:
             self.retired = text
             self._out.append(SteppedDown(text))
         raise WrongRoundError(text)

@@ -17,7 +17,8 @@ the others may well be going on without us, at another server.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Container
+from dataclasses import dataclass, replace
 
 from loscar_core.messages import Hello
 from loscar_core.state import Position
@@ -105,6 +106,20 @@ def choose(claims: list[Claim], *, waited: bool, present: int | None = None) -> 
         return None
     best = max(connected, key=lambda c: (c.position.round, c.position.epoch, -c.peer))
     return Choice(best.peer, best.position, best.digest, vouchers[base], vouchers[base] >= needed[base])
+
+
+def behind(claims: list[Claim], begun: Container[Point]) -> list[Claim]:
+    """The same claims; who holds a run that was begun anew here comes behind those who hold the run that it was before,
+    as one that has closed no round, however far it has come.
+
+    Args:
+        begun: what was closed of the run that was begun anew.
+    """
+    others = [c for c in claims if (c.position, c.digest) not in begun]
+    if not any(c.position.round > 0 for c in others):
+        return claims
+    own = [c for c in claims if (c.position, c.digest) in begun]
+    return others + [replace(c, position=Position(c.position.epoch, 0), members=0, chain=(START,)) for c in own]
 
 
 def _needed(point: Point, claims: list[Claim]) -> int:

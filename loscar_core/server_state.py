@@ -68,6 +68,8 @@ class RunState:
         """Until then the run here gives way to workers that hold another one: see `Lifecycle._gives_way`."""
         self._sure = False  # several workers, a majority, vouch for the state that is being transferred
         self._considered: set[Point] = set()  # what workers held when a state was chosen
+        self._begun = False  # the run here was begun by this process
+        self._begun_in_vain: set[Point] = set()  # what was closed of such a run before it was given up
         self._said_too_few = False
         self._welcomed: set[bytes] = set()  # incarnations that know of the epoch which was opened last
         self._vanished: set[str] = set()  # names whose streams broke or fell silent, and that are not back

@@ -114,6 +114,9 @@ class WorkerCatchUp(WorkerRounds):
                 if sent is not None:
                     sent = -sent if give_back else sent
                     self._out.append(Update(0, record.indices, values, values, sent, None, None, None))
+        if own.round == 0 and (early := self.ledger.give_up_early()) is not None:
+            values = anchor.vector.copy()
+            self._out.append(Update(0, None, values, values, -early, None, None, None))
 
     def _settle_former(self, base_round: int) -> None:
         """After its state was saved, the process that saved it may have lived on and contributed: then nobody knows
@@ -131,6 +134,7 @@ class WorkerCatchUp(WorkerRounds):
                     ledger.decide(record, 0)
             ledger.records.clear()
             ledger.superseded.clear()
+            ledger.early, ledger.early_count = None, 0
             self._forget(None)
         if self.incarnation in self._roster:
             self._former_at_work = False

@@ -74,6 +74,9 @@ class Ledger:
     sent: int = 0
     included: int = 0
     returned: int = 0
+    early: Floats | None = None
+    """The sum of the forgotten contributions to a young run, d float32: the whole run may yet be given up."""
+    early_count: int = 0
 
     @property
     def outstanding(self) -> int:
@@ -90,6 +93,10 @@ class Ledger:
         """The contribution to a round that is not decided yet."""
         record = self.records.get(round_)
         return record if record is not None and not record.decided else None
+
+    def in_flight_after(self, round_: int) -> int | None:
+        """The last round after this one to which there is an undecided contribution."""
+        return max((r.plan.round for r in self.all() if not r.decided and r.plan.round > round_), default=None)
 
     def opened(self, plan: RoundPlan) -> bool:
         """A round is open by this plan: `in_flight` is from now on what was taken by it, if anything was.
@@ -173,11 +180,37 @@ class Ledger:
                 todo.append((record, subtract, add_back))
         return todo
 
-    def forget_before(self, round_: int) -> None:
-        """Rounds before this one can no longer be abandoned."""
-        for number in [n for n, r in self.records.items() if n < round_ and r.decided]:
-            del self.records[number]
+    def forget_before(self, round_: int, young: int | None = None) -> None:
+        """Rounds before this one can no longer be abandoned one by one.
+
+        Args:
+            young: d, while the whole run may still turn out to have been begun in vain; see `give_up_early`.
+        """
+        forgotten = [r for r in self.all() if r.plan.round < round_ and r.decided]
+        self.records = {n: r for n, r in self.records.items() if n >= round_ or not r.decided}
         self.superseded = [r for r in self.superseded if r.plan.round >= round_ or not r.decided]
+        if young is None:
+            self.early, self.early_count = None, 0
+            return
+        for record in forgotten:
+            sent = record.masked(record.subtracted)
+            if sent is not None:
+                if self.early is None:
+                    self.early = np.zeros(young, np.float32)
+                self.early[record.indices] += sent
+            self.early_count += bool(record.subtracted)
+
+    def give_up_early(self) -> Floats | None:
+        """A state has nothing of this worker's: what it is known to have forgotten is not in it either.
+
+        Returns:
+            What is to be added back, d float32, or None.
+        """
+        early = self.early
+        self.included -= self.early_count
+        self.returned += self.early_count
+        self.early, self.early_count = None, 0
+        return early
 
     def _count(self, mask: int, by: int) -> None:
         if mask:

@@ -19,12 +19,18 @@ from loscar_core.worker_effects import Emit, RoundOpen, RunEnded, Update, Worker
 from loscar_core.worker_holdings import CatchingUp, Receiving, WorkerHoldings
 from loscar_core.worker_ledger import Record
 
+YOUNG_S = 60.0
+"""Run time for which a run may yet be given up, when those come who hold the run that it was before."""
+
 
 class WorkerRounds(WorkerHoldings):
     """The open round, from its announcement to its commit."""
 
     def _open(self, plan: RoundPlan, elapsed_s: float) -> None:
         config = self._configured()
+        state = self._catching_up.announcement if self._catching_up is not None else self.anchor
+        if plan.round != state.position.round + 1:
+            raise MalformedError(f"round {plan.round} is opened on top of {state.position}")
         if self.welcome is not None:
             # Not before: a server may have opened an epoch and never get a majority to go on with.
             self.epoch = max(self.epoch, self.welcome.epoch)
@@ -70,6 +76,10 @@ class WorkerRounds(WorkerHoldings):
             record.messages = tuple(replace(m, epoch=self.epoch) for m in record.messages)
             record.epochs.add(self.epoch)
             self._out.extend(Emit(m) for m in record.messages)
+        elif (later := self.ledger.in_flight_after(receiving.plan.round)) is not None:
+            # It was taken back behind a round that it has contributed to: it does not wait for that one's answer.
+            empty = np.empty(0, np.float32)
+            self._out.append(Update(0, np.empty(0, np.int64), empty, empty, None, None, later, None))
         self._opening += 1
         opened = RoundOpen(receiving.plan, receiving.indices, record is not None, self.elapsed_s, self._opening)
         self._out.append(opened)
@@ -214,7 +224,8 @@ class WorkerRounds(WorkerHoldings):
             self.ledger.decide(record, mask, self.epoch)
             sent = record.masked(mask)
         if 2 * self._included_in(receiving) > commit.members:
-            self.ledger.forget_before(plan.round)
+            young = self.elapsed_s < YOUNG_S
+            self.ledger.forget_before(plan.round, anchor.vector.size if young else None)
         settles = plan.round if record is not None else None
         self._out.append(Update(plan.round, _all_or(plan, indices), old, new, sent, statistics, settles, plan))
         if self._former_at_work:

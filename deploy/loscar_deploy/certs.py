@@ -46,29 +46,34 @@ def make_certificates(folder: Path, hosts: list[str], workers: list[str], days: 
         The files that were written.
 
     Raises:
-        ConfigError: the folder cannot be written, a certificate is there already, or a name cannot be in one.
+        ConfigError: the folder cannot be written, a certificate or its key is there already, the authority can sign no
+            more, or a name cannot be in a certificate; nothing was written.
     """
     for name in workers:
-        if not re.fullmatch(r"\w[\w.-]*", name):  # it names a file in this folder
-            raise ConfigError(f"the worker's name {name!r} is not made of letters, digits, points and dashes")
+        # It names files in this folder, beside those of the authority and the server, and a certificate holds 64.
+        if not re.fullmatch(r"\w[\w.-]{0,63}", name, re.ASCII) or name in ("ca", "server") or workers.count(name) > 1:
+            raise ConfigError(
+                f"the worker's name {name!r} is not one of its own, of at most 64 letters, digits, points and dashes"
+            )
     for host in hosts:
         if not re.fullmatch(r"[A-Za-z0-9.:*-]+", host):
             raise ConfigError(f"{host!r} is neither a host name nor an address")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         authority = Pair(folder / "ca.pem", folder / "ca-key.pem")
+        names = ["server"] * bool(hosts) + workers
+        pairs = {name: Pair(folder / f"{name}.pem", folder / f"{name}-key.pem") for name in names}
+        for path in (p for pair in pairs.values() for p in (pair.certificate, pair.key)):
+            if path.exists():
+                raise ConfigError(f"{path} is there already: remove it to make a new one")
         written: list[Path] = []
-        if authority.certificate.exists() and authority.key.exists():
+        if authority.certificate.exists() or authority.key.exists():
             ca, ca_key = _load(authority)
         else:
             ca, ca_key = _authority(days)
             written += _save(authority, ca, ca_key)
-        names = [("server", hosts)] if hosts else []
-        for name, addresses in [*names, *((w, []) for w in workers)]:
-            pair = Pair(folder / f"{name}.pem", folder / f"{name}-key.pem")
-            if pair.certificate.exists():
-                raise ConfigError(f"{pair.certificate} is there already: remove it to make a new one")
-            written += _save(pair, *_signed(name, addresses, ca, ca_key, days))
+        for name, pair in pairs.items():
+            written += _save(pair, *_signed(name, hosts if name == "server" else [], ca, ca_key, days))
     except OSError as error:
         raise ConfigError(f"certificates in {folder}: {error.strerror or error}") from None
     return written
@@ -78,8 +83,13 @@ def _name(text: str) -> x509.Name:
     return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)])
 
 
-def _builder(subject: str, issuer: x509.Name, key: ec.EllipticCurvePublicKey, days: int) -> x509.CertificateBuilder:
+def _builder(
+    subject: str, issuer: x509.Name, key: ec.EllipticCurvePublicKey, days: int, ca: x509.Certificate | None = None
+) -> x509.CertificateBuilder:
     now = datetime.datetime.now(datetime.UTC)
+    until = now + datetime.timedelta(days=days)
+    if ca is not None:
+        until = min(until, ca.not_valid_after_utc)  # nobody accepts it any longer than its authority
     return (
         x509.CertificateBuilder()
         .subject_name(_name(subject))
@@ -87,7 +97,7 @@ def _builder(subject: str, issuer: x509.Name, key: ec.EllipticCurvePublicKey, da
         .public_key(key)
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - BACKDATED)
-        .not_valid_after(now + datetime.timedelta(days=days))
+        .not_valid_after(until)
     )
 
 
@@ -120,7 +130,7 @@ def _signed(
     key = ec.generate_private_key(ec.SECP256R1())
     usages = [ExtendedKeyUsageOID.SERVER_AUTH if hosts else ExtendedKeyUsageOID.CLIENT_AUTH]
     builder = (
-        _builder(name, ca.subject, key.public_key(), days)
+        _builder(name, ca.subject, key.public_key(), days, ca)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(x509.ExtendedKeyUsage(usages), critical=False)
         .add_extension(x509.SubjectAlternativeName([_general(h) for h in hosts or [name]]), critical=False)
@@ -136,14 +146,15 @@ def _general(host: str) -> x509.GeneralName:
 
 
 def _save(pair: Pair, certificate: x509.Certificate, key: ec.EllipticCurvePrivateKey) -> list[Path]:
-    pair.certificate.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
     secret = key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
     # Created readable by its owner only: a later chmod would leave a moment in which anybody can read it.
-    descriptor = os.open(pair.key, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    descriptor = os.open(pair.key, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "wb") as file:
         file.write(secret)
+    with pair.certificate.open("xb") as file:
+        file.write(certificate.public_bytes(serialization.Encoding.PEM))
     return [pair.certificate, pair.key]
 
 
@@ -151,8 +162,12 @@ def _load(pair: Pair) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
     try:
         certificate = x509.load_pem_x509_certificate(pair.certificate.read_bytes())
         key = serialization.load_pem_private_key(pair.key.read_bytes(), None)
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"{pair.certificate}: {error}") from None
-    if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise ConfigError(f"{pair.key} is not a key that this command made")
+    except FileNotFoundError as error:
+        raise ConfigError(f"{error.filename} is missing: without both files an authority signs nothing more") from None
+    except (ValueError, TypeError):
+        raise ConfigError(f"{pair.certificate} and {pair.key} are not an authority that this command made") from None
+    if not isinstance(key, ec.EllipticCurvePrivateKey) or key.public_key() != certificate.public_key():
+        raise ConfigError(f"{pair.key} is not the key of {pair.certificate}")
+    if certificate.not_valid_after_utc <= datetime.datetime.now(datetime.UTC):
+        raise ConfigError(f"{pair.certificate} expired on {certificate.not_valid_after_utc:%Y-%m-%d}")
     return certificate, key

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ async def _verdict(options: ChaosOptions, base: Path) -> dict[str, Any]:
         "left_behind": left,
     }
     if options.undisturbed and not run.failures:
-        peaceful = ChaosOptions(run.seconds, options.workers, options.seed, step_time_s=options.step_time_s)
+        peaceful = replace(options, seconds=run.seconds, calm_rounds=1)
         other, compared, expected = await attempt("undisturbed", peaceful, disturbed=False)
         failures += [f"undisturbed: {text}" for text in other.failures + compared.failures]
         verdict["accuracy_undisturbed"] = expected

@@ -43,6 +43,7 @@ class ChaosOptions:
         seed: of the schedule, the run and the models.
         faults_per_s: mean rate.
         step_time_s: floor under a step's time.
+        calm_rounds: that everybody closes in peace at the end; some ten exchange every coordinate once.
         undisturbed: compare with a run of equal duration in peace.
         out: keep the logs and books here; None uses a folder that is removed.
     """
@@ -52,6 +53,7 @@ class ChaosOptions:
     seed: int = 0
     faults_per_s: float = 0.8
     step_time_s: float = 0.02
+    calm_rounds: int = 40
     undisturbed: bool = True
     out: Path | None = None
 

@@ -32,9 +32,6 @@ RECOVER_AFTER_S = 6.0
 START_S = 120.0
 SETTLE_S = 60.0
 END_S = 60.0
-SETTLE_ROUNDS = 10
-"""Rounds that everybody closes at the end: one sweep, so that each coordinate has been exchanged once more."""
-
 STATUS_S = 0.1
 NEXT_COMMIT_S = 3.0
 """How long a fault that is aimed at a phase of a round waits for one."""
@@ -64,9 +61,7 @@ class ChaosRun:
         self.phases = [0, 0, 0, 0]
         self.failures: list[str] = []
         self.seconds = 0.0
-        self.config = RunConfig(
-            seed=options.seed, density=1 / SETTLE_ROUNDS, local_steps=5, rounds=None, final_round=FinalRound.NONE
-        )
+        self.config = RunConfig(seed=options.seed, density=0.1, local_steps=5, rounds=None, final_round=FinalRound.NONE)
         self._options = options
         self._faults = faults
         self._children = Children()
@@ -266,7 +261,7 @@ class ChaosRun:
 
         await self._until("everybody to be back", SETTLE_S, all_active)
         reply = await self._status()
-        goal = SETTLE_ROUNDS + (0 if reply is None else reply.round)
+        goal = self._options.calm_rounds + (0 if reply is None else reply.round)
         await self._until("rounds to go on", SETTLE_S, lambda s: s.round >= goal and all_active(s))
 
     async def _ended(self) -> None:

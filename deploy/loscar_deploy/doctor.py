@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import os
 import shutil
 import socket
 import sys
@@ -111,25 +112,44 @@ def check_listen(listen: str) -> Iterator[Finding]:
         yield _failed("listen", error)
 
 
-def check_certificate(check: str, certificate: Path, key: Path | None) -> Iterator[Finding]:
+def check_certificate(check: str, certificate: Path, key: Path | None, ca: Path | None = None) -> Iterator[Finding]:
+    """One certificate: whether it is one, fits its key and its authority, and is valid now."""
     if importlib.util.find_spec("cryptography") is None:
         yield Finding(check, "warning", "cannot be looked at: pip install 'loscar[certs]'")
         return
     import datetime
 
     from cryptography import x509
+    from cryptography.exceptions import InvalidSignature
     from cryptography.hazmat.primitives import serialization
 
+    path = certificate
     try:
         found = x509.load_pem_x509_certificate(certificate.read_bytes())
         if key is not None:
-            secret = serialization.load_pem_private_key(key.read_bytes(), None)
-            if secret.public_key() != found.public_key():
-                yield _failed(check, AuthenticationError(f"{key} does not belong to {certificate}"))
+            path = key
+            if serialization.load_pem_private_key(key.read_bytes(), None).public_key() != found.public_key():
+                yield _failed(check, ConfigError(f"{key} does not belong to {certificate}"))
                 return
-    except (OSError, ValueError, TypeError) as error:
-        yield _failed(check, AuthenticationError(f"{certificate}: {error}"))
+        if ca is not None:
+            path = ca
+            authority = x509.load_pem_x509_certificate(ca.read_bytes())
+    except OSError as error:
+        yield _failed(check, ConfigError(f"{path}: {error.strerror}"))
         return
+    except (ValueError, TypeError):
+        yield _failed(
+            check, ConfigError(f"{path} holds no {'key without a password' if path == key else 'certificate'}")
+        )
+        return
+    if ca is not None:
+        try:
+            found.verify_directly_issued_by(authority)
+        except (ValueError, TypeError, InvalidSignature):
+            yield _failed(check, AuthenticationError(f"{certificate} was not signed by {ca}"))
+            return
+    if key is not None and os.name == "posix" and key.stat().st_mode & 0o077:
+        yield Finding(check, "warning", f"{key} can be read by others: chmod 600 {key}")
     now = datetime.datetime.now(datetime.UTC)
     left = found.not_valid_after_utc - now
     if found.not_valid_before_utc > now:
@@ -215,7 +235,8 @@ def examine(questions: Questions) -> list[Finding]:
     if q.listen is not None:
         checks.append(lambda: check_listen(q.listen or ""))
     if q.server_certificate is not None:
-        checks.append(lambda: check_certificate("server certificate", q.server_certificate or Path(), q.server_key))
+        own = q.server_certificate
+        checks.append(lambda: check_certificate("server certificate", own, q.server_key, q.security.ca))
     elif q.server_key is not None:
         raise ConfigError("--server-key needs --server-cert: the certificate that it should belong to")
     if q.security.ca is not None:

@@ -28,6 +28,7 @@ _MIN_SOCKET_BUFFER_BYTES: Final = 128 * 1024
 _MAX_SOCKET_BUFFER_BYTES: Final = 4 * 1024 * 1024
 _SLACK_S: Final = 0.0005
 _TIMER_GRAIN_S: Final = 0.001
+_CONNECT_S: Final = 1.0  # that a connection which is not wanted any more may still take to be made
 _LINGER_RESET: Final = struct.pack("ii", 1, 0)
 
 
@@ -327,8 +328,18 @@ class Connection:
         if (wait_s := syn_s - time.monotonic()) > 0:
             await asyncio.sleep(wait_s)
         proxy = self._proxy
+        made = self._loop.create_task(
+            self._loop.create_connection(lambda: self._server, proxy.target_host, proxy.target_port)
+        )
         try:
-            await self._loop.create_connection(lambda: self._server, proxy.target_host, proxy.target_port)
+            await asyncio.shield(made)
+        except asyncio.CancelledError:
+            # Cancelled half-way, uvloop closes what it has made without ever saying that it is lost: so it is made
+            # first, and reset as it comes in.
+            await asyncio.wait({made}, timeout=_CONNECT_S)
+            made.cancel()
+            await asyncio.gather(made, return_exceptions=True)
+            raise
         except OSError:
             if (wait_s := reply_s - time.monotonic()) > 0:
                 await asyncio.sleep(wait_s)

@@ -203,6 +203,7 @@ def add_client(parser: ArgumentParser) -> None:
     """How a client proves who it is."""
     group = parser.add_argument_group("security")
     group.add_argument("--token", help="the run's token (default: LOSCAR_TOKEN)")
+    group.add_argument("--token-file", metavar="FILE", type=Path, help="read it from here: arguments can be listed")
     group.add_argument("--tls-ca", metavar="FILE", type=Path, help="authority of the server's certificate: TLS on")
     group.add_argument("--tls-cert", metavar="FILE", type=Path, help="own certificate, for mutual TLS")
     group.add_argument("--tls-key", metavar="FILE", type=Path, help="its key")
@@ -211,6 +212,7 @@ def add_client(parser: ArgumentParser) -> None:
 def add_server_security(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("security")
     group.add_argument("--token", help="what every call must carry (default: LOSCAR_TOKEN)")
+    group.add_argument("--token-file", metavar="FILE", type=Path, help="read it from here: arguments can be listed")
     group.add_argument("--tls-cert", metavar="FILE", type=Path, help="the server's certificate: turns TLS on")
     group.add_argument("--tls-key", metavar="FILE", type=Path, help="its key")
     group.add_argument("--tls-client-ca", metavar="FILE", type=Path, help="authority of the workers' certificates")
@@ -327,8 +329,21 @@ def server_limits(args: Namespace, workers: int | None) -> ServerLimits:
 
 
 def token(args: Namespace) -> str | None:
-    given: str | None = args.token if args.token is not None else os.environ.get("LOSCAR_TOKEN")
-    return given or None
+    """The run's token, or None. Raises ConfigError for one that is given twice, empty, or cannot be read."""
+    if args.token is None and args.token_file is None:
+        return os.environ.get("LOSCAR_TOKEN") or None
+    if args.token is not None and args.token_file is not None:
+        raise ConfigError("--token and --token-file: give one of them")
+    given: str = args.token
+    if args.token_file is not None:
+        try:
+            given = args.token_file.read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "not text"
+            raise ConfigError(f"--token-file {args.token_file}: {reason}") from None
+    if not given:
+        raise ConfigError("the token is empty: without --token and --token-file there is none")
+    return given
 
 
 def client_security(args: Namespace) -> ClientSecurity:

@@ -19,6 +19,8 @@ from loscar_wire._generated import parameter_server_pb2 as pb
 from loscar_wire.pieces import (
     CODINGS,
     MAX_CAPABILITIES,
+    MAX_ELAPSED_S,
+    MAX_MISSED,
     MAX_NAME,
     at_most,
     coding_from_pb,
@@ -288,9 +290,11 @@ def decode_server_message(data: bytes) -> m.ServerMessage:
 
 
 def _welcome(w: pb.Welcome) -> m.Welcome:
+    if not all(0 < seconds <= MAX_ELAPSED_S for seconds in (w.heartbeat_s, w.lease_s)):
+        raise MalformedError(f"heartbeats every {w.heartbeat_s:g} s for a lease of {w.lease_s:g} s")
     return m.Welcome(
         run_id=w.run_id,
-        epoch=w.epoch,
+        epoch=at_most(w.epoch, "epoch"),
         slot=w.slot,
         config=config_from_pb(w.config),
         heartbeat_s=w.heartbeat_s,
@@ -299,23 +303,29 @@ def _welcome(w: pb.Welcome) -> m.Welcome:
         digest=w.digest,
         lineage=lineage_from_pb(w.lineage),
         roster=tuple(w.roster),
-        elapsed_s=w.elapsed_s,
+        elapsed_s=_elapsed(w.elapsed_s),
         waiting_for=w.waiting_for,
         recovering=w.recovering,
     )
 
 
+def _elapsed(seconds: float) -> float:
+    """Run time; -1 before it has begun."""
+    return seconds if seconds == -1.0 else time_of(seconds, "a run time")
+
+
 def _catch_up(c: pb.CatchUp) -> m.CatchUp:
+    at_most(len(c.plans), "a number of missed rounds:", MAX_MISSED)
     return m.CatchUp(
         position=position_from_pb(c.position),
         digest=c.digest,
         lineage=lineage_from_pb(c.lineage),
-        base_round=c.base_round,
+        base_round=at_most(c.base_round, "round"),
         plans=tuple(plan_from_pb(p) for p in c.plans),
         full=c.full,
         inclusion=inclusion_from_pb(c.inclusion),
         recent=recent_from_pb(c.recent),
-        members=c.members,
+        members=at_most(c.members, "a number of members:"),
     )
 
 
@@ -323,15 +333,21 @@ _FROM_SERVER: dict[str, Callable[[Any], m.ServerMessage]] = {
     "answer": lambda a: m.Answer(
         a.round, a.part, a.offset, a.values, a.included, a.indices, a.base, coding_from_pb(a.index_coding)
     ),
-    "commit": lambda c: m.Commit(c.round, c.members, c.digest, plan_from_pb(c.plan, c.round + 1), c.elapsed_ms),
+    "commit": lambda c: m.Commit(
+        at_most(c.round, "round"),
+        at_most(c.members, "a number of members:"),
+        c.digest,
+        plan_from_pb(c.plan, c.round + 1),
+        at_most(c.elapsed_ms, "a run time in ms:"),
+    ),
     "heartbeat_reply": lambda h: m.HeartbeatReply(h.stamp_ns),
     "welcome": _welcome,
     "vector": vector_from_pb,
     "catch_up": _catch_up,
-    "open_round": lambda o: m.OpenRound(plan_from_pb(o.plan), o.elapsed_s),
+    "open_round": lambda o: m.OpenRound(plan_from_pb(o.plan), _elapsed(o.elapsed_s)),
     "slot_taken": lambda s: m.SlotTaken(s.slot, s.incarnation),
     "send_state": lambda s: m.SendState(purpose_from_pb(s.purpose)),
-    "goodbye": lambda g: m.Goodbye(reason_from_pb(g.reason), g.detail),
+    "goodbye": lambda g: m.Goodbye(reason_from_pb(g.reason), text_of(g.detail)),
 }
 
 

@@ -21,6 +21,8 @@ _TRANSIENT = {
     grpc.StatusCode.OK,
 }
 _TLS_FAILURES = {
+    "certificate has expired": "the server's certificate, or its authority's, has expired",
+    "certificate is not yet valid": "the server's certificate is not valid yet: is this machine's clock right?",
     "CERTIFICATE_VERIFY_FAILED": "the server's certificate is not one that --tls-ca vouches for",
     "Hostname Verification Check failed": "the server's certificate is for another name or address",
     "WRONG_VERSION_NUMBER": "the server does not speak TLS",
@@ -46,5 +48,8 @@ def from_status(code: grpc.StatusCode, details: str | None) -> LoscarError:
         if found:
             return AuthenticationError(f"{reason} ({(found + more).rstrip(': .'):.120})")
     if code in _TRANSIENT:
-        return ConnectError(details or code.name.lower())
+        text = details or code.name.lower()
+        if "failed to connect" in text and "Socket closed" in text:
+            text += "; a server that wants TLS, or a client's certificate, hangs up like this"
+        return ConnectError(text)
     return ProtocolError(f"{code.name}: {details}")

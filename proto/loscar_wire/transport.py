@@ -160,25 +160,27 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def check_exposure(host: str, security: ServerSecurity) -> None:
+def check_exposure(host: str, security: ServerSecurity) -> str | None:
     """Refuse to serve beyond this machine without TLS and a token, unless that is wanted.
+
+    Returns:
+        What is missing although it is wanted so, or None.
 
     Raises:
         ConfigError: saying what is missing, or that no client could give this token.
     """
     if security.token is not None:
         _check_token_text(security.token)
-    if is_loopback(host) or security.insecure:
-        return
-    missing = [
+    if is_loopback(host):
+        return None
+    missing = " and ".join(
         name
         for name, value in (("--tls-cert and --tls-key", security.certificate), ("--token", security.token))
         if value is None
-    ]
-    if missing:
-        raise ConfigError(
-            f"{host} can be reached from outside: give {' and '.join(missing)}, or --insecure if that is meant"
-        )
+    )
+    if missing and not security.insecure:
+        raise ConfigError(f"{host} can be reached from outside: give {missing}, or --insecure if that is meant")
+    return missing or None
 
 
 def channel(target: str, security: ClientSecurity) -> grpc.aio.Channel:

@@ -181,7 +181,9 @@ class ServerProcess:
             ConfigError: a public address without TLS and token.
         """
         host, port = parse_address(self._options.listen, "--listen")
-        check_exposure(host, self._options.security)
+        missing = check_exposure(host, self._options.security)
+        if missing is not None:
+            log.warning("%s is served without %s: whoever can reach it can join, read and end the run", host, missing)
         check_free(host, port)
         server = grpc.aio.server(options=SERVER_OPTIONS)
         server.add_generic_rpc_handlers((self.service.handler(),))

@@ -81,7 +81,7 @@ def no_epochs(patch: pytest.MonkeyPatch) -> Chaos:
 def no_majority(patch: pytest.MonkeyPatch) -> Chaos:
     """Off: a majority decides what is recovered. The first worker that holds anything does."""
 
-    def first(claims: list[Claim], *, waited: bool) -> Choice | None:
+    def first(claims: list[Claim], *, waited: bool, present: int | None = None) -> Choice | None:
         holders = [c for c in claims if c.position.round > 0]
         return Choice(holders[0].peer, holders[0].position, holders[0].digest, 1, False) if holders else None
 
@@ -106,7 +106,7 @@ def taken_again(patch: pytest.MonkeyPatch) -> Chaos:
 
 def forgotten_at_once(patch: pytest.MonkeyPatch) -> Chaos:
     """Off: what was sent is kept until a majority has gone on. It is dropped with the answer."""
-    patch.setattr(Ledger, "forget_before", lambda self, round_: self.records.clear())
+    patch.setattr(Ledger, "forget_before", lambda self, round_, young=None: self.records.clear())
     return KILLS
 
 

@@ -39,14 +39,15 @@ HELLOS: dict[str, tuple[dict[str, Any], type[LoscarError], str]] = {
     "no name": ({"name": ""}, ConfigError, "name"),
     "odd name": ({"name": "a\nb"}, ConfigError, "name"),
     "long name": ({"name": "a" * 201}, ConfigError, "name"),
-    "epoch": ({"epoch": 2}, WrongRoundError, "epoch 2"),
+    "epoch": ({"epoch": 2, "position": Position(2, 1)}, WrongRoundError, "this server is in epoch 1"),
 }
 
 
 @pytest.mark.parametrize("what", HELLOS)
 def test_a_hello_that_is_refused_changes_nothing(what: str) -> None:
     changes, error, text = HELLOS[what]
-    desk = Desk().start(1, 2)
+    desk = Desk(limits={"round_cap_s": 1e6}).start(1, 2)
+    desk.tick(desk.now + desk.machine.limits.recover_after_s)  # too late to give way to another state
     desk.contribute(1)
     desk.contribute(2)
     desk.contribute(1)

@@ -481,6 +481,25 @@ def test_a_reset_ends_all_connections_and_admits_new_ones(loop: Loop) -> None:
     run(main(), loop)
 
 
+def test_connections_that_are_reset_while_they_are_made_are_forgotten(loop: Loop) -> None:
+    async def main() -> None:
+        rng = random.Random(1)
+        async with serving(swallow) as port, LinkProxy("127.0.0.1", port, LinkSpec.parse("none")) as proxy:
+            for _ in range(200):
+                with socket.socket() as client:
+                    client.setblocking(False)
+                    with contextlib.suppress(BlockingIOError):
+                        client.connect(proxy.address)
+                    for _ in range(rng.randrange(12)):
+                        await asyncio.sleep(0)
+                    proxy.reset_connections()
+                for _ in range(rng.randrange(4)):
+                    await asyncio.sleep(0)
+            await until(lambda: proxy.connections == 0)
+
+    run(main(), loop)
+
+
 @pytest.mark.parametrize("by_client", [True, False])
 def test_a_peers_reset_travels_to_the_other_end(by_client: bool, loop: Loop) -> None:
     seen_s: list[float] = []

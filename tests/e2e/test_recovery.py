@@ -81,8 +81,9 @@ def test_a_killed_server_is_replaced_and_what_was_in_flight_counts(processes: Pr
 def test_a_standby_takes_over_and_the_old_server_cannot_split_the_run(processes: Processes, crew: Crew) -> None:
     """The first stalls and the standby, which was there all the time, takes over. The first comes back to life, and is
     asked to take part again when the standby has died: it steps down, and a third goes on."""
-    first = processes.server(*crew.flags, "--workers", "3", "--lease", "2s")
-    standby = processes.server(*crew.flags, "--lease", "2s")
+    flags = [*crew.flags, "--lease", "3s", "--recover-after", "1s", "--start-grace", "300ms"]
+    first = processes.server(*flags, "--workers", "3")
+    standby = processes.server(*flags)
     crew.join(dict.fromkeys(("w0", "w1", "w2"), f"{first.address},{standby.address}"))
     rounds_go_on(crew, first)
     assert status_of(standby.address).phase == "waiting"
@@ -100,7 +101,7 @@ def test_a_standby_takes_over_and_the_old_server_cannot_split_the_run(processes:
     assert first.wait() == 19
     assert "stepping down" in first.err
     assert [e["epoch"] for e in events(crew, "stepped-down")] == [1]
-    third = processes.server(*crew.flags, listen=standby.address)
+    third = processes.server(*flags, listen=standby.address)
     crew.train_until(lambda: len(events(crew, "running")) == 3, "the third takes over")
     rounds_go_on(crew, third)
     assert [e["epoch"] for e in events(crew, "running")] == [1, 2, 3]
@@ -108,6 +109,7 @@ def test_a_standby_takes_over_and_the_old_server_cannot_split_the_run(processes:
 
 
 def test_a_fresh_worker_that_is_first_does_not_begin_the_run_anew(processes: Processes, crew: Crew) -> None:
+    """It does for as long as it is alone; then the run goes on, and what it did alone goes into that."""
     first = processes.server(*crew.flags, "--workers", "2")
     gate = Gate(first.address)
     try:

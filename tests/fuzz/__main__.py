@@ -1,4 +1,4 @@
-"""Fuzz what a server does with bytes: `decode_worker_message`, then `ServerMachine.received`.
+"""Fuzz what a server does with a worker's bytes, decoding and state machine, and a worker with a server's.
 
     make fuzz                                            10^6 inputs, about a quarter of an hour
     python tests/fuzz [--runs N] [--seconds S] [--seed N] [--blind]

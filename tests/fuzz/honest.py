@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 
 import numpy as np
-from conversation import DRAINED, GONE, MESSAGE, RUN, SERVERS, STOP, TICK, Target
+from conversation import DRAINED, GONE, LISTENER, MESSAGE, RUN, SERVERS, STOP, TICK, Target
 
 from loscar_core import worker_effects as we
 from loscar_core.messages import ServerMessage, WorkerReport
@@ -14,20 +14,29 @@ from loscar_wire.mapping import decode_server_message
 from loscar_wire.mapping import encode_worker_message as encode
 
 
+def _write(data: bytearray, operation: int, argument: int, payload: bytes) -> None:
+    data.append(argument * 5 + operation)
+    if operation == MESSAGE:
+        data += struct.pack("<H", len(payload)) + payload
+
+
 class Recorder:
     """Two or three honest workers and a server, in step; writes down what the server receives."""
 
     def __init__(self, which: int) -> None:
         self.target = Target(which)
         self.data = bytearray([which])
+        self.heard = bytearray([which + len(SERVERS)])
         self.engines: dict[int, WorkerEngine] = {}
         self.open: dict[int, we.RoundOpen] = {}
         self.rng = np.random.default_rng(which)
 
     def _frame(self, operation: int, argument: int, payload: bytes = b"") -> None:
-        self.data.append(argument * 5 + operation)
-        if operation == MESSAGE:
-            self.data += struct.pack("<H", len(payload)) + payload
+        _write(self.data, operation, argument, payload)
+
+    def _heard(self, peer: int, operation: int, payload: bytes = b"") -> None:
+        if peer == LISTENER:
+            _write(self.heard, operation, 0, payload)
 
     def up(self, peer: int, payload: bytes) -> None:
         self._frame(MESSAGE, peer, payload)
@@ -50,6 +59,7 @@ class Recorder:
 
     def lose(self, peer: int) -> WorkerEngine:
         self._frame(GONE, peer)
+        self._heard(peer, GONE)
         self.target.gone(peer)
         engine = self.engines.pop(peer)
         engine.disconnected()
@@ -64,7 +74,9 @@ class Recorder:
                 box = self.target.sent[peer]
                 while box:
                     moved = True
-                    self.answered(peer, engine, decode_server_message(box.popleft()))
+                    payload = box.popleft()
+                    self._heard(peer, MESSAGE, payload)
+                    self.answered(peer, engine, decode_server_message(payload))
                 self._frame(DRAINED, peer)
                 self.target.drained(peer)
 
@@ -76,6 +88,7 @@ class Recorder:
                 case we.RoundOpen():
                     self.open[peer] = effect
                 case we.ProgressWanted():
+                    self._heard(peer, STOP)
                     for more in engine.progress(engine.anchor.vector + np.float32(0.5)):
                         assert isinstance(more, we.Emit)
                         self.up(peer, encode(more.message))
@@ -84,6 +97,8 @@ class Recorder:
         """One contribution to the open round, if there is one."""
         engine, opened = self.engines[peer], self.open.pop(peer, None)
         self.up(peer, encode(engine.heartbeat(1, WorkerReport(steps=1))))
+        self._heard(peer, TICK)
+        self._heard(peer, DRAINED)
         if opened is not None and not opened.contributed:
             values = self.rng.normal(size=opened.indices.size).astype(np.float32)
             statistics = np.ones(self.target.layout.statistics_size, np.float32)
@@ -100,6 +115,7 @@ def honest_runs() -> list[bytes]:
         r = Recorder(which)
         r.join(0)
         r.join(1)
+        r.tick(4)
         r.tick(4)
         for _ in range(3):
             r.train(0)
@@ -118,15 +134,17 @@ def honest_runs() -> list[bytes]:
         r.settle()
         for peer in (0, 1, 2):
             r.train(peer)
-        found.append(bytes(r.data))
+        found += [bytes(r.data), bytes(r.heard)]
         # The same workers meet a server that has lost everything.
         again = Recorder(which)
+        _write(r.heard, GONE, 0, b"")
+        again.heard = r.heard
         for peer, engine in list(r.engines.items()):
             engine.disconnected()
             again.join(peer, engine)
         again.tick(24)
         again.tick(24)
-        for peer in (0, 1, 0):
+        for peer in (0, 1, 2, 0, 1, 2):
             again.train(peer)
-        found.append(bytes(again.data))
+        found += [bytes(again.data), bytes(again.heard)]
     return found

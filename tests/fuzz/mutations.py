@@ -8,7 +8,7 @@ import random
 import struct
 from typing import Any
 
-from conversation import GONE, MESSAGE, PEERS, STOP, TICK, frames
+from conversation import GONE, MESSAGE, PEERS, STOP, TICK, frames, is_of_worker
 from google.protobuf.message import DecodeError
 
 from loscar_wire._generated import parameter_server_pb2 as pb
@@ -79,7 +79,7 @@ def structured(data: bytes, rng: random.Random) -> bytes:
     operation, argument, payload = found[at]
     what = rng.random()
     if operation == MESSAGE and what < 0.75:
-        message = pb.WorkerMessage()
+        message = pb.ServerMessage() if is_of_worker(data) else pb.WorkerMessage()
         with contextlib.suppress(DecodeError):
             message.ParseFromString(payload)
             for _ in range(rng.choice((1, 1, 1, 2, 4))):

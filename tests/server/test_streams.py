@@ -34,6 +34,9 @@ class Peer:
     def invocation_metadata(self) -> tuple[()]:
         return ()
 
+    async def send_initial_metadata(self, _: tuple[()]) -> None:
+        pass
+
     async def read(self) -> object:
         if not self._said:
             self._said = True
@@ -59,7 +62,9 @@ def test_a_stream_that_is_cancelled_while_it_ends_leaves_nothing_behind(turns: i
         service = ParameterService(machine, None, lambda _: None)
         peer = Peer()
         handler = asyncio.create_task(service.train(peer, peer))  # type: ignore[arg-type]
-        await peer.writing.wait()
+        writing = asyncio.create_task(peer.writing.wait())
+        await asyncio.wait({handler, writing}, return_when=asyncio.FIRST_COMPLETED)
+        assert not handler.done(), handler.exception()
         assert len(machine.members) == 1
         peer.ends.set()
         for _ in range(turns):

@@ -4,6 +4,7 @@ worker's run goes on as if they were not there."""
 from __future__ import annotations
 
 import contextlib
+import json
 import random
 import socket
 from collections.abc import Iterator
@@ -339,3 +340,23 @@ def test_what_strangers_know_to_say_is_valid_but_for_the_moment(town: Town) -> N
             code, details = stream.status()
             town.strangers += 1
         assert code is grpc.StatusCode.OK or word == "progress", (word, details)
+
+
+def test_the_status_command_says_who_was_refused(town: Town, processes: Processes) -> None:
+    with RawStream(town.channel, TOKEN) as stream:
+        stream.send(engine_of("clumsy", DIMENSION).hello())
+        stream.send(b"\xff")
+        stream.half_close()
+        town.ended(*stream.status())
+    asking = processes.loscar("status", "--server", town.server.address, "--token", "secret", "--json")
+    assert asking.wait() == 0
+    status = json.loads(asking.out)
+    [entry] = [r for r in status["refusals"] if r["name"] == "clumsy"]
+    assert (entry["address"], entry["kind"], entry["count"]) == ("127.0.0.1", "MalformedError", 1)
+    assert entry["detail"].startswith("not a protocol message")
+    assert 0 <= entry["ago_s"] < DEADLINE_S
+    assert sum(r["count"] for r in status["refusals"]) == sum(status["refused"].values())
+    asking = processes.loscar("status", "--server", town.server.address, "--token", "secret")
+    assert asking.wait() == 0
+    [line] = [line for line in asking.out.splitlines() if line.startswith("refused clumsy 127.0.0.1 1 ×, last ")]
+    assert "MalformedError: not a protocol message" in line

@@ -11,9 +11,9 @@ import pytest
 
 from loscar_core.config import PROTOCOL_VERSION, RunConfig
 from loscar_core.errors import MalformedError
-from loscar_core.messages import Leave, StopRun
+from loscar_core.messages import Goodbye, Leave, StopRun
 from loscar_wire._generated import parameter_server_pb2 as pb
-from loscar_wire.mapping import decode_worker_message
+from loscar_wire.mapping import decode_server_message, decode_worker_message
 from loscar_wire.pieces import config_to_pb
 
 HUGE = (1 << 64) - 1
@@ -97,6 +97,44 @@ def test_a_report_with_a_time_that_is_no_time_is_refused(field: str) -> None:
         decoded(heartbeat=pb.Heartbeat(report=pb.WorkerReport(**{field: math.inf})))
 
 
+def welcome() -> pb.Welcome:
+    return pb.Welcome(epoch=1, heartbeat_s=2.0, lease_s=15.0, config=config_to_pb(RunConfig()), elapsed_s=-1.0)
+
+
+def heard(**body: Any) -> object:
+    return decode_server_message(pb.ServerMessage(**body).SerializeToString())
+
+
+@pytest.mark.parametrize("seconds", [0.0, -1.0, math.nan, math.inf, 1e300])
+@pytest.mark.parametrize("field", ["heartbeat_s", "lease_s"])
+def test_a_server_cannot_ask_for_heartbeats_at_no_time(field: str, seconds: float) -> None:
+    """A worker would send them without a pause, or never."""
+    heard(welcome=welcome())
+    message = welcome()
+    setattr(message, field, seconds)
+    with pytest.raises(MalformedError):
+        heard(welcome=message)
+
+
+PLAN = pb.Plan(selection=1, value_type=1)
+SAID: dict[str, dict[str, Any]] = {
+    "an epoch that has no successor": {"welcome": pb.Welcome(epoch=HUGE, heartbeat_s=1.0, lease_s=2.0)},
+    "a time before the beginning": {"open_round": pb.OpenRound(plan=PLAN, elapsed_s=-2.0)},
+    "a time that is none": {"open_round": pb.OpenRound(plan=PLAN, elapsed_s=math.nan)},
+    "a round that has no successor": {"commit": pb.Commit(round=HUGE, plan=PLAN)},
+    "a number of members": {"commit": pb.Commit(round=1, members=HUGE, plan=PLAN)},
+    "a number of members as of a state": {"catch_up": pb.CatchUp(members=HUGE)},
+    "the last shared round": {"catch_up": pb.CatchUp(base_round=HUGE)},
+    "more missed rounds than are remembered": {"catch_up": pb.CatchUp(plans=[PLAN] * 100_000)},
+}
+
+
+@pytest.mark.parametrize("what", SAID)
+def test_a_server_s_message_beyond_all_reason_is_malformed(what: str) -> None:
+    with pytest.raises(MalformedError):
+        heard(**SAID[what])
+
+
 def test_a_diverged_loss_may_be_told() -> None:
     decoded(heartbeat=pb.Heartbeat(report=pb.WorkerReport(loss=math.nan)))
 
@@ -106,6 +144,9 @@ def test_texts_for_people_cannot_hold_control_characters() -> None:
     assert isinstance(leave, Leave)
     assert leave.detail.isprintable()
     assert len(leave.detail) <= 500
+    goodbye = heard(goodbye=pb.Goodbye(reason="failed", detail="\x1b[2Jboo"))
+    assert isinstance(goodbye, Goodbye)
+    assert goodbye.detail == "?[2Jboo"
     stop = decoded(stop_run=pb.StopRun(why="a\tb"))
     assert isinstance(stop, StopRun)
     assert stop.why.isprintable()

@@ -143,12 +143,16 @@ def message(kind: type) -> st.SearchStrategy[Any]:
         special = {"idle_s": TIMES, "run_s": TIMES}
     if kind is m.StateOffer:
         special = {"elapsed_s": TIMES}
-    if kind in (m.StopRun, m.Leave):
+    if kind is m.OpenRound:
+        special = {"elapsed_s": TIMES | st.just(-1.0)}
+    if kind in (m.StopRun, m.Leave, m.Goodbye):
         special = {"why" if kind is m.StopRun else "detail": LINES}
     if kind is m.Hello:
         special = {"protocol_version": st.just(PROTOCOL_VERSION)}
     if kind is m.Welcome:
-        special = {"slot": st.integers(-1, 1 << 40)}
+        pause = st.floats(1e-3, 1e9)
+        special = {"slot": st.integers(-1, 1 << 40), "heartbeat_s": pause, "lease_s": pause}
+        special["elapsed_s"] = TIMES | st.just(-1.0)
     built = st.fixed_dictionaries(fields_of(kind, special)).map(lambda values: kind(**values))
     if kind is m.Commit:
         # The next plan's number is left out on the wire: it follows from the committed round's.

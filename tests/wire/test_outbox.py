@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 
 from loscar_core.errors import MalformedError
-from loscar_wire.outbox import MAX_MESSAGE_BYTES, MIN_MESSAGE_BYTES, Outbox, RateMeter
+from loscar_wire.outbox import MAX_MESSAGE_BYTES, MAX_URGENT, MIN_MESSAGE_BYTES, Outbox, RateMeter
 
 
 def _written(fill: Callable[[Outbox], None], *, close: bool = True) -> list[bytes]:
@@ -93,3 +94,37 @@ def test_messages_fit_the_measured_rate() -> None:
     for _ in range(60):
         meter.note(1 << 30, 0.1)
     assert meter.message_bytes(1 << 18) == MAX_MESSAGE_BYTES
+
+
+def test_heartbeats_that_nobody_takes_do_not_pile_up() -> None:
+    held = []
+
+    def fill(outbox: Outbox) -> None:
+        outbox.put(b"data")
+        for i in range(10_000):
+            outbox.put(b"%08d" % i, urgent=True)
+        held.append(outbox.queued_bytes)
+
+    written = _written(fill)
+    assert written == [b"%08d" % i for i in range(10_000 - MAX_URGENT, 10_000)] + [b"data"]
+    assert held == [8 * MAX_URGENT + 4]
+
+
+def test_a_write_says_since_when_it_is_under_way() -> None:
+    async def run() -> None:
+        outbox, taken = Outbox(), asyncio.Event()
+        before = time.monotonic()
+
+        async def write(_: bytes) -> None:
+            taken.set()
+            await asyncio.Event().wait()
+
+        outbox.put(b"x")
+        assert outbox.busy_since is None
+        writing = asyncio.create_task(outbox.write_all(write, lambda _: None, lambda: None))
+        await taken.wait()
+        assert outbox.busy_since is not None
+        assert before <= outbox.busy_since <= time.monotonic()
+        writing.cancel()
+
+    asyncio.run(run())

@@ -17,12 +17,14 @@ from typing import Any
 import grpc
 
 from loscar_core.errors import (
+    AuthenticationError,
     ConnectError,
     LoscarError,
     RefusedError,
     ServerLostError,
     SupersededError,
     WrongRoundError,
+    WrongRunError,
 )
 from loscar_core.messages import Contribution, Goodbye, Heartbeat, Leave, Reason, StopRun, WorkerMessage, WorkerReport
 from loscar_core.worker_effects import Dismissed, Emit, RoundTrip, Update, WorkerEffect
@@ -94,7 +96,7 @@ class Connection:
         self._leaving: asyncio.Event = asyncio.Event()
         self._joined = False
         self._said_waiting = False
-        self._said_lost = False
+        self._said_lost: type[LoscarError] | None = None
         self._welcomes = 0
 
     # --- what the session asks for (on the loop) ------------------------------------------------------------
@@ -158,7 +160,7 @@ class Connection:
             try:
                 await self._one_stream(target, self._patience_s(since, joined_before))
             except LoscarError as error:
-                if not may_retry(error):
+                if not may_retry(error, joined=joined_before):
                     raise
                 cause = error
             if self._leaving.is_set():
@@ -190,9 +192,11 @@ class Connection:
                 log.warning("%s %s yet (%s): trying for %g s", what, where, cause, limit)
         elif waited >= self._options.server_timeout_s:
             raise ServerLostError(f"no server at {where} for {self._options.server_timeout_s:g} s: {cause}")
-        elif not self._said_lost:
-            self._said_lost = True
+        elif self._said_lost is None:
             log.info("connection to %s lost (%s): training on, reconnecting", target, cause)
+        elif self._said_lost is not type(cause):
+            log.warning("not back at %s yet (%s): training on, reconnecting", target, cause)
+        self._said_lost = type(cause)
 
     async def _pause(self, seconds: float) -> None:
         waiting = asyncio.create_task(self._leaving.wait())
@@ -281,7 +285,7 @@ class Connection:
         if self._welcomes > 1:
             self.reconnects += 1
             log.info("connected again")
-        self._said_lost = False
+        self._said_lost = None
 
     async def _ended(self, call: Any) -> None:
         code = await call.code()
@@ -310,7 +314,14 @@ class Connection:
             self.send_heartbeat()
 
 
-def may_retry(error: LoscarError) -> bool:
-    """Whether a worker that a server ended with this error connects again."""
+def may_retry(error: LoscarError, *, joined: bool = False) -> bool:
+    """Whether a worker that a server ended with this error connects again.
+
+    Args:
+        joined: it has been a member of the run: it holds the run's state.
+    """
     # A stale server (lower epoch) is not the run's end: the live one may be at another address.
-    return error.retriable or isinstance(error, WrongRoundError)
+    if error.retriable or isinstance(error, WrongRoundError):
+        return True
+    # Nor is one that was restarted with another run, token or certificate: it may be restarted once more.
+    return joined and isinstance(error, (AuthenticationError, WrongRunError))
