@@ -21,6 +21,7 @@ from loscar_deploy.run_data import RunData, load_run
 
 VARIANTS = ("overlapped", "overwrite", "blocking")
 DIVERGED = "the training diverged"
+TARGET_REACHED = "the target loss is reached"
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,10 +249,11 @@ def new_folder(path: Path) -> None:
     """Make the comparison's folder.
 
     Raises:
-        ConfigError: it holds a comparison already, or cannot be written.
+        ConfigError: it holds a comparison or a run already, or cannot be written.
     """
-    if (path / "runs").exists() or (path / "compare.json").exists():
-        raise ConfigError(f"--out {path} holds a comparison already: give another folder")
+    for held, what in (("runs", "a comparison"), ("compare.json", "a comparison"), ("config.toml", "a run")):
+        if (path / held).exists():
+            raise ConfigError(f"--out {path} holds {what} already: give another folder")
     try:
         path.mkdir(parents=True, exist_ok=True)
         (path / "runs").mkdir()

@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from loscar_deploy import plots
-from loscar_deploy.compare import VARIANTS, Row
-from loscar_deploy.plots import Against, Style, draw_losses, legend_above, new_figure, style, time_label
+from loscar_deploy.compare import TARGET_REACHED, VARIANTS, Row
+from loscar_deploy.plots import (
+    WIDTH_IN,
+    Against,
+    Style,
+    draw_losses,
+    legend_above,
+    new_figure,
+    style,
+    time_label,
+    wrapped,
+)
 from loscar_deploy.run_data import Curve, RunData
 from loscar_deploy.timeline import timeline_figure
 
@@ -34,20 +45,29 @@ def draw(done: Done, results: Sequence[dict[str, Any]], target_loss: float | Non
         "loss-seconds": loss_panels(done, "seconds", target_loss),
         "loss-steps": loss_panels(done, "steps", target_loss),
         "loss-bytes": loss_panels(done, "bytes", target_loss),
-        "final-loss": figure_by_density(done, results, "loss", "final test loss"),
-        "timeline": timeline_figure([run for row, run in _first(done)]),
+        "final-loss": figure_by_density(done, results, "loss", _final_label(done)),
     }
+    links = list(dict.fromkeys(row.link for row, _ in done))
+    for place, link in enumerate(links, start=1):
+        found["timeline" if len(links) == 1 else f"timeline-link{place}"] = timeline_figure(_first(done, link))
     if target_loss is not None:
         label = f"{time_label([run.simulated for _, run in done])[:-4]} to test loss {target_loss:g} / s"
         found["time-to-target"] = figure_by_density(done, results, "seconds_to_target", label)
     return {name: figure for name, figure in found.items() if figure is not None}
 
 
-def _first(done: Done) -> Done:
-    """The first repetition of the first setting, variant by variant, so that a timeline shows comparable runs."""
-    row = done[0][0]
+def _final_label(done: Done) -> str:
+    early = any(row.seconds_to_target is not None and row.stopped == TARGET_REACHED for row, _ in done)
+    return "final test loss" + ("\n(runs end at the target)" if early else "")
+
+
+def _first(done: Done, link: str) -> list[RunData]:
+    """The first repetition of a link's first density, variant by variant, so that a timeline shows comparable runs."""
+    row = next(row for row, _ in done if row.link == link)
     same = [d for d in done if (d[0].link, d[0].density, d[0].seed) == (row.link, row.density, row.seed)]
-    return sorted(same, key=lambda d: VARIANTS.index(d[0].variant))
+    what = f"density {row.density}, link {row.link}, seed {row.seed}"
+    same.sort(key=lambda d: VARIANTS.index(d[0].variant))
+    return [replace(run, label=f"{own.variant}, {what}") for own, run in same]
 
 
 def _settings(done: Done) -> list[Setting]:
@@ -82,7 +102,7 @@ def loss_panels(done: Done, against: Against, target_loss: float | None) -> Figu
     for axes, setting in zip(panels.flat, settings, strict=False):
         draw_losses(axes, curves[setting], against, simulated=simulated, target_loss=target_loss, faint=True)
         if len(settings) > 1:
-            axes.set_title(_title(setting, settings), loc="left")
+            axes.set_title(wrapped(_title(setting, settings), WIDTH_IN / columns - 0.5), loc="left")
         if axes not in panels[:, 0]:
             axes.set_ylabel("")
     # The axis is shared: it must suit the losses of all panels, not only of the one that was drawn last.
@@ -91,16 +111,17 @@ def loss_panels(done: Done, against: Against, target_loss: float | None) -> Figu
     plots.loss_axis(panels[0, 0], values + ([] if target_loss is None else [target_loss]), label)
     for axes in panels.flat[len(settings) :]:
         axes.remove()
-    legend_above(figure, panels[0, 0])
+    legend_above(figure)
     return figure
 
 
 def figure_by_density(done: Done, results: Sequence[dict[str, Any]], figure_name: str, label: str) -> Figure | None:
     """One figure of all variants against density, a panel for each link; None when no run has it.
 
-    Small open markers are single runs, the large one their mean. Where a run has none (the target was not reached, or
-    the training diverged) it stands in a strip of its own on top.
+    Open markers are runs, bars their means. Where a run has none (the target was not reached, or the training
+    diverged) it stands in a strip of its own on top.
     """
+    from matplotlib.lines import Line2D
     from matplotlib.patches import Rectangle
 
     values = [getattr(row, figure_name) for row, _ in done]
@@ -118,7 +139,7 @@ def figure_by_density(done: Done, results: Sequence[dict[str, Any]], figure_name
         axes.set_xticks(range(len(densities)), densities)
         axes.grid(False, axis="x")
         if len(links) > 1:
-            axes.set_title(f"link {link}", loc="left")
+            axes.set_title(wrapped(f"link {link}", WIDTH_IN - 0.7), loc="left")
     if figure_name == "loss":
         plots.loss_axis(panels[0], known, label)
     else:
@@ -130,12 +151,16 @@ def figure_by_density(done: Done, results: Sequence[dict[str, Any]], figure_name
         logarithmic = panels[0].get_yscale() == "log"
         panels[0].set_yticks([tick for tick in panels[0].get_yticks() if low <= tick <= high])
         panels[0].set_ylim(low, high * (high / low) ** 0.25 if logarithmic else high + 0.25 * (high - low))
-    for axes in panels:
+    for link, axes in zip(links, panels, strict=True):
         axes.set_ylabel(label)
-        if missing:
+        if any(row.link == link and getattr(row, figure_name) is None for row, _ in done):
             axes.add_patch(Rectangle((0, 0.8), 1, 0.2, transform=axes.transAxes, color="#eeeeee", zorder=0.5))
+            what = "diverged" if figure_name == "loss" else "not\nreached"
+            axes.text(1.008, 0.9, what, transform=axes.transAxes, fontsize=8, va="center")
     panels[-1].set_xlabel("density (share of the coordinates that a round carries)")
-    legend_above(figure, panels[0])
+    if len(values) > len(results):
+        panels[0].add_line(Line2D([], [], color="#555555", linewidth=2.2, label="mean"))
+    legend_above(figure)
     return figure
 
 
@@ -144,29 +169,22 @@ def _draw_entry(axes: Axes, entry: dict[str, Any], figure_name: str, densities: 
     look = style_of(variant)
     place = densities.index(entry["density"]) + 0.22 * (VARIANTS.index(variant) - 1)
     known = [v for v in found["values"] if v is not None]
-    first = axes.get_legend_handles_labels()[1]
-    label = "_" if variant in first else variant
-    if known:
-        axes.plot([place, place], [min(known), max(known)], color=look.colour, linewidth=1)
-        if len(known) > 1:
-            axes.plot(
-                [place] * len(known), known, look.marker, color=look.colour, markerfacecolor="white", markersize=3.5
-            )
-        axes.plot([place], [found["mean"]], look.marker, color=look.colour, markersize=7, label=label)
-    else:
-        axes.plot([], [], look.marker, color=look.colour, markersize=7, label=label)
+    label = "_" if variant in axes.get_legend_handles_labels()[1] else variant
+    if len(known) > 1:
+        axes.plot([place - 0.08, place + 0.08], [found["mean"]] * 2, color=look.colour, linewidth=2.2)
+    axes.plot(
+        # Side by side: equal ones are seen as several.
+        [place + 0.1 * ((i + 0.5) / len(known) - 0.5) for i in range(len(known))],
+        known,
+        look.marker,
+        color=look.colour,
+        markerfacecolor="white",
+        markersize=5,
+        label=label,
+    )
     missing = len(found["values"]) - len(known)
     if missing:
-        what = "diverged" if entry["diverged"] == missing else "not reached"
-        some = f"\n{missing} of {len(found['values'])}" if known else ""
-        axes.text(
-            place,
-            0.9,
-            f"{what}{some}",
-            transform=axes.get_xaxis_transform(),
-            color=look.colour,
-            fontsize=7.5,
-            rotation=0 if len(densities) < 3 else 90,
-            ha="center",
-            va="center",
-        )
+        strip = axes.get_xaxis_transform()
+        axes.plot([place], [0.94], look.marker, transform=strip, color=look.colour, markerfacecolor="white")
+        count = f"{missing} of {len(found['values'])}"
+        axes.text(place, 0.85, count, transform=strip, fontsize=7.5, ha="center", va="center")

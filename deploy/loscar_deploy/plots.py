@@ -7,6 +7,7 @@ colour-blind; the colours are those of Okabe and Ito. Figures are made without p
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -17,6 +18,7 @@ from loscar_core.errors import ConfigError
 from loscar_deploy.run_data import Curve, RunData
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -87,6 +89,7 @@ def new_figure(height_in: float) -> Figure:
             "lines.markersize": 4.5,
             "legend.frameon": False,
             "font.family": "DejaVu Sans",
+            "text.parse_math": False,
         }
     )
     return Figure(figsize=(WIDTH_IN, height_in), dpi=DPI, layout="constrained")
@@ -98,11 +101,46 @@ def save(figure: Figure, path: Path) -> Path:
     return path
 
 
-def legend_above(figure: Figure, axes: Axes, columns: int = 4) -> None:
-    """The legend of some axes over the whole figure, where it covers nothing."""
-    handles, labels = axes.get_legend_handles_labels()
-    if labels:
-        figure.legend(handles, labels, loc="outside upper left", ncols=min(columns, len(labels)), fontsize=8.5)
+def legend_above(figure: Figure) -> None:
+    """One legend of all axes over the whole figure, where it covers nothing, in as many columns as there is room for.
+
+    A series may be missing in the first axes and be there in others: each label is taken from where it comes first.
+    """
+    found: dict[str, Artist] = {}
+    for axes in figure.axes:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    if not found:
+        return
+    labels = [shortened(label, 80) for label in found]
+    widths = [0.065 * len(label) + 0.75 for label in labels]
+    columns = min(len(labels), 5)
+    while columns > 1:
+        height = -(-len(labels) // columns)
+        if sum(max(widths[i : i + height]) for i in range(0, len(labels), height)) <= WIDTH_IN:
+            break
+        columns -= 1
+    figure.legend(list(found.values()), labels, loc="outside upper left", ncols=columns, fontsize=8.5, handlelength=3.4)
+
+
+def named(label: str) -> str:
+    """A label that a legend shows: the drawing library leaves out those with a leading underscore."""
+    return f" {label}" if label.startswith("_") else label
+
+
+def shortened(text: str, most: int) -> str:
+    """At most so many characters, without the middle of a longer text."""
+    return text if len(text) <= most else f"{text[: most // 2 - 1]}…{text[len(text) - most // 2 :]}"
+
+
+def wrapped(text: str, width_in: float) -> str:
+    """In lines that fit into a width; a link's description has no spaces, so they break after other marks too."""
+    most, lines = int(width_in / 0.068), [""]
+    for piece in re.findall(r"[^ ,;/-]*[ ,;/-]*", text):
+        if lines[-1] and len(lines[-1]) + len(piece.rstrip()) > most:
+            lines.append("")
+        lines[-1] += piece
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def byte_unit(largest: float) -> tuple[float, str]:
@@ -160,18 +198,22 @@ def draw_losses(
     """
     largest = max((c.bytes[-1] for _, c, _ in curves), default=0.0)
     factor, unit = byte_unit(largest) if against == "bytes" else (1.0, "")
+    looks = list(dict.fromkeys(look for _, _, look in curves))
     for label, curve, look in curves:
+        count = len(curve.loss)
+        every = max(min(len(looks), count), math.ceil(count / 9))
         axes.plot(
             _across(curve, against, factor),
             curve.loss,
             color=look.colour,
             linestyle=look.dashes,
             marker=look.marker,
-            markevery=max(1, math.ceil(len(curve.loss) / 9)),
+            # Not all on the same points: of curves that coincide each one is seen.
+            markevery=(looks.index(look) % every, every),
             linewidth=1.0 if faint else 1.5,
             markersize=3.5 if faint else 4.5,
             markerfacecolor="white",
-            label=label or "_",
+            label="_" if label is None else named(label),
         )
     values = [v for _, c, _ in curves for v in c.loss]
     if target_loss is not None:
@@ -208,5 +250,5 @@ def loss_figure(runs: Sequence[RunData], against: Against) -> Figure | None:
         simulated=[run.simulated for _, run, _ in drawn],
         target_loss=targets.pop() if len(targets) == 1 else None,
     )
-    legend_above(figure, axes, 1 if mixed else 4)
+    legend_above(figure)
     return figure

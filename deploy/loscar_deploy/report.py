@@ -22,14 +22,16 @@ PAGE = "report.html"
 WORKERS_LISTED = 64
 
 _STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; color: #111; max-width: 62rem; margin: 2rem auto; padding: 0 1rem }
+body { font: 15px/1.45 system-ui, sans-serif; color: #111; max-width: 68rem; margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin: 2.2rem 0 .4rem }
 figure { margin: .6rem 0 1.6rem } figure img { width: 100%; height: auto }
 figcaption, p.note { color: #444; font-size: .9rem; max-width: 50rem }
 div.wide { overflow-x: auto }
 table { border-collapse: collapse; font-size: .88rem; margin: .6rem 0 }
-th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid #ccc; white-space: nowrap }
-th:first-child, td:first-child { text-align: left } thead th { border-bottom: 2px solid #333 }
+th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid #ccc }
+td { white-space: nowrap } td:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 7rem }
+th:first-child, td:first-child { text-align: left } thead th { border-bottom: 2px solid #333; vertical-align: bottom }
+td.text { text-align: left; white-space: normal; min-width: 7rem } th.text { text-align: left }
 @media print { body { max-width: none; margin: 0 } h2 { break-after: avoid } figure, tr { break-inside: avoid } }
 """
 
@@ -38,7 +40,9 @@ _PICTURES = {
         "What the workers did",
         "The lower bar of each worker is its training thread, a few rounds from the middle of the run; the upper one "
         "is its contribution or the answer to it in flight, from the snapshot until the answer could be merged. All "
-        "panels have the same axis. Time in which the emulation of a slower machine sleeps counts as computing.",
+        "panels have the same axis. Everybody stops for the final round; that does not count as waiting. Time in "
+        "which the emulation of a slower machine sleeps counts as computing. Where the lower bar is missing, the worker "
+        "was not there.",
     ),
     "loss-seconds": ("Loss against time", ""),
     "loss-steps": ("Loss against steps", ""),
@@ -106,16 +110,17 @@ def draw(runs: Sequence[RunData]) -> dict[str, Figure]:
 
 def page_of(runs: Sequence[RunData], pictures: dict[str, Path]) -> str:
     """The page; pictures are put into it, so that it needs no other file."""
-    title = "Run report: " + ", ".join(run.label for run in runs)
+    title = f"Report of {len(runs)} runs" if len(runs) > 1 else f"Report of the run {runs[0].label}"
     pieces = [_results_table(runs)]
     for name, (heading, caption) in _PICTURES.items():
         if name in pictures:
             pieces.append(_picture(heading, caption, pictures[name]))
     pieces.append("<h2>Workers</h2>")
     pieces.append(
-        '<p class="note">N: median steps from a merge to the next snapshot; Q: median and largest steps from the '
-        "snapshot to the merge; both without the final round. Idle: share of its run in which the training thread "
-        "waited for the service. Missed: rounds that were closed without the worker.</p>"
+        '<p class="note">Steps per round: from one merge to the next, N + Q. N: from a merge to the next snapshot. '
+        "Staleness Q: from the snapshot to the merge of its answer. These are medians over the rounds without the "
+        "final one. Idle: share of its run in which the training thread waited for the service. Missed: rounds that "
+        "were closed without the worker's contribution. Up, down: payload.</p>"
     )
     pieces += [_workers_table(run) for run in runs]
     pieces.append("<h2>Options</h2>")
@@ -138,9 +143,11 @@ def _picture(heading: str, caption: str, path: Path) -> str:
 
 
 def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Cells are HTML already."""
-    head = "".join(f"<th>{h}</th>" for h in headings)
-    body = "\n".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+    """Cells are HTML already; the column "end" is text."""
+    kinds = [' class="text"' if h == "end" else "" for h in headings]
+    head = "".join(f"<th{kind}>{h}</th>" for kind, h in zip(kinds, headings, strict=True))
+    lines = ["".join(f"<td{kind}>{cell}</td>" for kind, cell in zip(kinds, row, strict=True)) for row in rows]
+    body = "\n".join(f"<tr>{line}</tr>" for line in lines)
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
 
 
@@ -165,12 +172,12 @@ def _results_table(runs: Sequence[RunData]) -> str:
         if with_target:
             row.insert(2, _target(told))
         rows.append(row)
-    headings = ["run", "run time", "rounds", "steps, all workers", "loss", "accuracy", "up", "down", "idle ≤", "end"]
+    headings = ["run", "run time", "rounds", "steps", "test loss", "accuracy", "up", "down", "idle&nbsp;≤", "end"]
     if with_target:
         headings.insert(2, "to the target")
     note = (
-        '<p class="note">Loss and accuracy are of the saved model on the task\'s test data; up and down are payload of '
-        "all workers.</p>"
+        '<p class="note">Loss and accuracy are of the saved model on the task\'s test data; steps and payload up and '
+        "down are sums over the workers.</p>"
     )
     return _table(headings, rows) + note
 
@@ -186,7 +193,8 @@ def _target(told: dict[str, Any]) -> str:
 def _workers_table(run: RunData) -> str:
     figures = run.workers()
     rows = [_worker_row(w) for w in figures[:WORKERS_LISTED]]
-    headings = ["worker", "steps", "rounds", "N", "Q", "Q, largest", "idle", "missed", "up", "down", ""]
+    headings = ["worker", "steps", "rounds", "steps per round", "N", "staleness Q", "largest Q"]
+    headings += ["idle", "missed", "up", "down", "end"]
     more = len(figures) - WORKERS_LISTED
     note = f'<p class="note">… and {more} more workers.</p>' if more > 0 else ""
     return f"<h3>{escape(run.label)}</h3>\n" + _table(headings, rows) + note
@@ -197,6 +205,7 @@ def _worker_row(w: WorkerFigures) -> list[str]:
         escape(w.name),
         f"{w.steps:,d}",
         f"{w.rounds:,d}",
+        _number(w.steps_per_round, "g"),
         _number(w.local_steps, "g"),
         _number(w.overlap_steps, "g"),
         _number(w.most_stale, "g"),
@@ -204,7 +213,7 @@ def _worker_row(w: WorkerFigures) -> list[str]:
         _number(w.missed, ",d"),
         size(w.bytes_up),
         size(w.bytes_down),
-        "" if w.finished else "did not see the end",
+        "saw the end" if w.finished else "did not see the end",
     ]
 
 

@@ -51,8 +51,9 @@ class WorkerFigures:
 
     Attributes:
         name: as in the folder.
-        steps: optimizer steps.
+        steps: optimizer steps; of a worker that died and came back, in all its lives, and so its bytes.
         rounds: merged rounds that it had contributed to, the final one apart.
+        steps_per_round: median over them of the steps from one merge to the next, N + Q.
         local_steps, overlap_steps: medians of N and Q over them; Q is the staleness of what was merged.
         most_stale: largest Q.
         idle_fraction: share of its run time in which the training thread waited for the service.
@@ -64,6 +65,7 @@ class WorkerFigures:
     name: str
     steps: int
     rounds: int
+    steps_per_round: float | None
     local_steps: float | None
     overlap_steps: float | None
     most_stale: int | None
@@ -159,15 +161,16 @@ class RunData:
             idle = told["idle_s"] / self.seconds
         return WorkerFigures(
             name,
-            result.get("steps", max(last.get("steps", 0), told.get("steps", 0))),
+            max(source.get("steps", 0) for source in (result, last, told)),
             len(own),
+            median(r["local_steps"] + r["overlap_steps"] for r in own) if own else None,
             median(r["local_steps"] for r in own) if own else None,
             median(r["overlap_steps"] for r in own) if own else None,
             max((r["overlap_steps"] for r in own), default=None),
             idle,
             told.get("missed"),
-            result.get("bytes_up", last.get("bytes_up", 0)),
-            result.get("bytes_down", last.get("bytes_down", 0)),
+            max(source.get("bytes_up", 0) for source in (result, last)),
+            max(source.get("bytes_down", 0) for source in (result, last)),
             bool(result.get("finished", False)),
         )
 
@@ -180,6 +183,8 @@ def load_run(path: Path, label: str | None = None) -> RunData:
         ConfigError: a file in it cannot be read.
     """
     config = path / "config.toml"
+    if not config.is_file() and (path / "runs").is_dir():
+        raise DataMissingError(f"{path} holds several runs: give some of {path / 'runs'}, one by one")
     if not config.is_file():
         raise DataMissingError(f"{path} is no run folder: it has no config.toml")
     try:
@@ -198,7 +203,7 @@ def load_run(path: Path, label: str | None = None) -> RunData:
         _object(summary) if summary.is_file() else None,
         _lines(path / "evaluations.jsonl", _EVALUATION_FIELDS),
         metrics,
-        {name: _lines(path / "workers" / f"{name}.rounds.jsonl", _ROUND_FIELDS) for name in ordered},
+        {name: _all_lives(_lines(path / "workers" / f"{name}.rounds.jsonl", _ROUND_FIELDS)) for name in ordered},
         {n: _object(file) for n in ordered if (file := path / "workers" / f"{n}.json").is_file()},
     )
 
@@ -213,6 +218,25 @@ def load_runs(paths: Sequence[Path]) -> list[RunData]:
     if len(set(labels)) < len(labels):
         raise ConfigError("a run folder is given twice")
     return [load_run(path, label) for path, label in zip(paths, labels, strict=True)]
+
+
+def _all_lives(rounds: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A worker that dies and comes back counts from 0 again: add what it had before, so that the counts only grow.
+
+    The first round of a new life says so with `reborn`.
+    """
+    before = dict.fromkeys(("steps", "bytes_up", "bytes_down"), 0)
+    last = dict(before)
+    found = []
+    for line in rounds:
+        reborn = any(line[key] < last[key] for key in last)
+        if reborn:
+            # Steps go on where the worker has kept its state; bytes are its process's.
+            new = [key for key in last if key != "steps" or line[key] < last[key]]
+            before |= {key: before[key] + last[key] for key in new}
+        last = {key: line[key] for key in last}
+        found.append({**line, **{key: before[key] + line[key] for key in last}, "reborn": reborn})
+    return found
 
 
 def _lines(path: Path, fields: set[str]) -> list[dict[str, Any]]:

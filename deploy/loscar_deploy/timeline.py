@@ -13,11 +13,14 @@ from loscar_deploy.plots import (
     ORANGE,
     SKY,
     VERMILLION,
+    WIDTH_IN,
     byte_unit,
     legend_above,
+    named,
     new_figure,
     style,
     time_label,
+    wrapped,
 )
 from loscar_deploy.run_data import RunData
 
@@ -41,32 +44,49 @@ class Course:
     Attributes:
         computing: the training thread took steps (slept floors included).
         waiting: it waited for the service.
+        ending: it waited for the final round, for which everybody stops.
         in_flight: a contribution was on its way, being summed, or its answer on the way back.
         merges: when answers were merged.
     """
 
     computing: list[Span]
     waiting: list[Span]
+    ending: list[Span]
     in_flight: list[Span]
     merges: list[float]
 
 
 def course_of(rounds: Sequence[dict[str, Any]]) -> Course:
-    """A worker's course from its rounds; what is no waiting is computing, from t = 0 on or its first snapshot."""
-    waiting: list[Span] = [(a, b) for r in rounds for a, b in r["waits"]]
+    """A worker's course from its rounds; of one that died and came back, without the time in between."""
+    course = Course([], [], [], [], [])
+    starts = [0, *(i for i, r in enumerate(rounds) if i > 0 and r["reborn"]), len(rounds)]
+    for start, end in pairwise(starts):
+        life = _course_of_life(rounds[start:end])
+        course.computing.extend(life.computing)
+        course.waiting.extend(life.waiting)
+        course.ending.extend(life.ending)
+        course.in_flight.extend(life.in_flight)
+        course.merges.extend(life.merges)
+    return course
+
+
+def _course_of_life(rounds: Sequence[dict[str, Any]]) -> Course:
+    """What is no waiting is computing, from t = 0 on or its first snapshot."""
+    waiting: list[Span] = [(a, b) for r in rounds for a, b in r["waits"] if r["kind"] != "final"]
+    ending: list[Span] = [(a, b) for r in rounds for a, b in r["waits"] if r["kind"] == "final"]
     in_flight = [(r["snapshot_s"], r["answered_s"]) for r in rounds if r["snapshot_s"] is not None]
     merges = [r["merged_s"] for r in rounds]
     if not merges:
-        return Course([], [], [], [])
+        return Course([], [], [], [], [])
     at = 0.0 if rounds[0]["round"] == 1 else min(merges[0], *(a for a, _ in (waiting + in_flight)[:1]))
     computing = []
-    for start, end in sorted(waiting):
+    for start, end in sorted(waiting + ending):
         if start > at:
             computing.append((at, start))
         at = max(at, end)
     if merges[-1] > at:
         computing.append((at, merges[-1]))
-    return Course(computing, waiting, in_flight, merges)
+    return Course(computing, waiting, ending, in_flight, merges)
 
 
 def window_of(runs: Sequence[RunData]) -> Span:
@@ -109,13 +129,13 @@ def timeline_figure(runs: Sequence[RunData]) -> Figure | None:
         _draw_courses(axes, [course_of(run.rounds[w]) for w in names], (start, end))
         axes.set_yticks([-i + 0.05 for i in range(len(names))], names)
         some = f" ({len(names)} of {len(run.rounds)} workers)" if len(names) < len(run.rounds) else ""
-        axes.set_title(f"{run.label}{_waits(run)}{some}", loc="left")
+        axes.set_title(wrapped(f"{run.label}{_waits(run)}{some}", WIDTH_IN), loc="left")
         axes.set_xlim(start, end)
         axes.grid(False, axis="y")
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
     panels[-1, 0].set_xlabel(time_label([run.simulated for run in runs]))
-    legend_above(figure, panels[0, 0])
+    legend_above(figure)
     return figure
 
 
@@ -123,7 +143,9 @@ def _waits(run: RunData) -> str:
     idle = max((w.idle_fraction for w in run.workers() if w.idle_fraction is not None), default=None)
     if idle is None:
         return ""
-    return ": nobody waits" if idle == 0 else f": waiting takes up to {idle:.1%} of a worker's run"
+    if idle == 0:
+        return ": nobody waits"
+    return f": waiting takes {'less than 0.1%' if idle < 0.001 else f'up to {idle:.1%}'} of a worker's run"
 
 
 def _draw_courses(axes: Axes, courses: Sequence[Course], window: Span) -> None:
@@ -147,12 +169,23 @@ def _draw_courses(axes: Axes, courses: Sequence[Course], window: Span) -> None:
             hatch="/////",
             label="waiting for the service" if first else "_",
         )
+        ending = bars(course.ending)
+        if ending:
+            axes.broken_barh(
+                ending,
+                thread,
+                facecolor="#eeeeee",
+                edgecolor="#777777",
+                linewidth=0.8,
+                hatch="....",
+                label="final round" if first else "_",
+            )
         axes.broken_barh(
             bars(course.in_flight),
             network,
             facecolor=ORANGE,
-            edgecolor="white",
-            linewidth=0.5,
+            edgecolor=ORANGE,  # of no length at all it is still a line
+            linewidth=0.6,
             label="contribution or answer in flight" if first else "_",
         )
         inside = [m for m in course.merges if start <= m <= end]
@@ -181,6 +214,7 @@ def staleness_figure(runs: Sequence[RunData]) -> Figure | None:
         if len(names) <= LINES_SHOWN:
             for number, name in enumerate(names):
                 own, look = run.own_rounds(name), style(number)
+                every = max(1, min(len(names), len(own)), len(own) // 25)
                 axes.plot(
                     [r["merged_s"] for r in own],
                     [r["overlap_steps"] for r in own],
@@ -190,12 +224,12 @@ def staleness_figure(runs: Sequence[RunData]) -> Figure | None:
                     linewidth=0.8,
                     markersize=3.5,
                     markerfacecolor="white",
-                    markevery=max(1, len(own) // 25),
-                    label=name,
+                    markevery=(number % every, every),
+                    label=named(name),
                 )
         else:
             _draw_band(axes, [run.own_rounds(w) for w in names])
-        axes.set_title(run.label, loc="left")
+        axes.set_title(wrapped(run.label, WIDTH_IN - 1), loc="left")
         axes.set_ylabel("overlap steps Q")
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
     top = max(r["overlap_steps"] for run in runs for w in run.rounds for r in run.own_rounds(w))
@@ -240,13 +274,13 @@ def traffic_figure(runs: Sequence[RunData]) -> Figure | None:
             marker=look.marker,
             markerfacecolor="white",
             markevery=max(1, len(times) // 8),
-            label=run.label,
+            label=named(run.label),
         )
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
     axes.set_xlabel(time_label([run.simulated for _, run, _ in drawn]))
     axes.set_ylabel(f"payload of all workers,\nup and down / {unit}")
-    legend_above(figure, axes)
+    legend_above(figure)
     return figure
 
 

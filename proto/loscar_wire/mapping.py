@@ -292,6 +292,8 @@ def decode_server_message(data: bytes) -> m.ServerMessage:
 def _welcome(w: pb.Welcome) -> m.Welcome:
     if not all(0 < seconds <= MAX_ELAPSED_S for seconds in (w.heartbeat_s, w.lease_s)):
         raise MalformedError(f"heartbeats every {w.heartbeat_s:g} s for a lease of {w.lease_s:g} s")
+    if w.epoch < 1:
+        raise MalformedError("a server in epoch 0")
     return m.Welcome(
         run_id=w.run_id,
         epoch=at_most(w.epoch, "epoch"),

@@ -7,7 +7,7 @@ import struct
 import time
 from pathlib import Path
 
-_HEAD = struct.Struct("<6qd")
+_HEAD = struct.Struct("<6qd2q")
 _BYTES = 1 << 16
 
 
@@ -31,6 +31,7 @@ class Progress:
         inputs, crashes: so far.
         peak_early, peak: highest resident set until a tenth of the inputs, and so far; bytes.
         slowest_s: longest time that an input took.
+        blocks_early, blocks: memory blocks that Python holds after a tenth of the inputs, and at the end.
     """
 
     inputs = _Number(0)
@@ -40,6 +41,8 @@ class Progress:
     _started_ns = _Number(4)
     _size = _Number(5)
     slowest_s = _Number(6, "<d")
+    blocks_early = _Number(7)
+    blocks = _Number(8)
 
     def __init__(self, path: Path) -> None:
         if not path.exists():

@@ -119,6 +119,9 @@ def test_a_server_cannot_ask_for_heartbeats_at_no_time(field: str, seconds: floa
 PLAN = pb.Plan(selection=1, value_type=1)
 SAID: dict[str, dict[str, Any]] = {
     "an epoch that has no successor": {"welcome": pb.Welcome(epoch=HUGE, heartbeat_s=1.0, lease_s=2.0)},
+    "an epoch before the first": {
+        "welcome": pb.Welcome(heartbeat_s=1.0, lease_s=2.0, config=config_to_pb(RunConfig()))
+    },
     "a time before the beginning": {"open_round": pb.OpenRound(plan=PLAN, elapsed_s=-2.0)},
     "a time that is none": {"open_round": pb.OpenRound(plan=PLAN, elapsed_s=math.nan)},
     "a round that has no successor": {"commit": pb.Commit(round=HUGE, plan=PLAN)},

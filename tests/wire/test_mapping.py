@@ -152,7 +152,7 @@ def message(kind: type) -> st.SearchStrategy[Any]:
     if kind is m.Welcome:
         pause = st.floats(1e-3, 1e9)
         special = {"slot": st.integers(-1, 1 << 40), "heartbeat_s": pause, "lease_s": pause}
-        special["elapsed_s"] = TIMES | st.just(-1.0)
+        special |= {"elapsed_s": TIMES | st.just(-1.0), "epoch": st.integers(1, 1 << 40)}
     built = st.fixed_dictionaries(fields_of(kind, special)).map(lambda values: kind(**values))
     if kind is m.Commit:
         # The next plan's number is left out on the wire: it follows from the committed round's.

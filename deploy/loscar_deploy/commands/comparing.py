@@ -31,6 +31,8 @@ def _compare(args: Namespace) -> int:
     require_torch()
     require_matplotlib()
     target_loss = None if args.target_loss is None else o.number("--target-loss", args.target_loss)
+    if args.past_target and target_loss is None:
+        raise ConfigError("--past-target says nothing without --target-loss")
     out: Path = args.out if args.out is not None else Path("runs") / time.strftime("%Y%m%d-%H%M%S-compare")
     seed = o.whole("--seed", args.seed)
     blocking_steps = _blocking_steps(args)
