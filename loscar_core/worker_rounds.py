@@ -19,8 +19,9 @@ from loscar_core.worker_effects import Emit, RoundOpen, RunEnded, Update, Worker
 from loscar_core.worker_holdings import CatchingUp, Receiving, WorkerHoldings
 from loscar_core.worker_ledger import Record
 
-YOUNG_S = 60.0
-"""Run time for which a run may yet be given up, when those come who hold the run that it was before."""
+YOUNG_S = 120.0
+"""Run time for which a run may yet be given up, when those come who hold the run that it was before; a server does so
+for `recover_after_s`, half as long unless told otherwise."""
 
 
 class WorkerRounds(WorkerHoldings):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from loscar_core.errors import ConfigError, DataMissingError
 from loscar_core.layout import Segment, offsets
@@ -37,7 +37,7 @@ def save_model(path: Path, model: FetchedModel, run_id: str) -> None:
         "round": str(model.position.round),
     }
     part = path.with_suffix(".part")
-    save_file(tensors, part, metadata)
+    part.write_bytes(save(tensors, metadata))  # not by save_file, whose errors are no OSErrors
     part.replace(path)
 
 

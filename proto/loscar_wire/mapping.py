@@ -22,6 +22,7 @@ from loscar_wire.pieces import (
     MAX_ELAPSED_S,
     MAX_MISSED,
     MAX_NAME,
+    MAX_SLOT,
     at_most,
     coding_from_pb,
     config_from_pb,
@@ -297,7 +298,7 @@ def _welcome(w: pb.Welcome) -> m.Welcome:
     return m.Welcome(
         run_id=w.run_id,
         epoch=at_most(w.epoch, "epoch"),
-        slot=w.slot,
+        slot=at_most(w.slot, "slot", MAX_SLOT),
         config=config_from_pb(w.config),
         heartbeat_s=w.heartbeat_s,
         lease_s=w.lease_s,

@@ -112,6 +112,21 @@ def test_a_worker_that_is_pre_empted_goes_on_where_it_was(processes: Processes, 
     assert f"adopting 1:{position}" in again.err or f"adopting 1:{position - 1}" in again.err
 
 
+def test_who_gives_up_on_its_server_has_saved_all_it_did(processes: Processes, tmp_path: Path, listen: str) -> None:
+    server = processes.server(*FLAGS, listen=listen)
+    life = Life(processes, tmp_path, listen, "--server-timeout", "500ms")
+    worker = life.start()
+    life.wait_for_steps(40)
+    server.signal(signal.SIGKILL)
+    assert worker.wait() == 19, worker.err
+    done = len(life.steps)
+    again = processes.server(*FLAGS, "--recover-after", "30s", listen=listen)
+    worker = life.start()
+    life.wait_for_steps(done + 10)
+    finish(again, worker)
+    assert life.counted() == {len(life.steps)}
+
+
 def test_a_worker_that_is_killed_comes_back_and_no_step_counts_twice(
     processes: Processes, tmp_path: Path, listen: str
 ) -> None:

@@ -12,6 +12,7 @@ import pytest
 from crew import CONFIG, Crew, Gate, crew_in
 from processes import Processes, Server, status_of
 
+from loscar_core.errors import ReplicaDivergedError
 from loscar_server.events import read_events
 
 pytestmark = pytest.mark.timeout(120)
@@ -204,3 +205,23 @@ def test_a_slow_link_contributes_to_every_round(processes: Processes, crew: Crew
         assert all(far in e["parts"][0] for e in events(crew, "round"))
     finally:
         gate.close()
+
+
+def test_a_worker_whose_replica_diverges_leaves_with_its_reason(processes: Processes, crew: Crew) -> None:
+    """It is given the whole state once; when that does not help, it ends, and the others go on."""
+    server = processes.server(*crew.flags, "--workers", "3")
+    crew.join(dict.fromkeys(("w0", "w1", "bad"), server.address))
+    rounds_go_on(crew, server)
+    anchor = crew.sessions["bad"].engine.anchor
+    right = anchor.next_digest
+    anchor.next_digest = lambda new, statistics: right(new, statistics) ^ 1  # type: ignore[method-assign]
+    with pytest.raises(ReplicaDivergedError, match="left the digest chain again"):
+        crew.train_until(lambda: False, "it ends")
+    bad = crew.sessions.pop("bad")
+    crew.train_until(lambda: len(status_of(server.address).members) == 2, "it is gone")
+    [gone] = [d for d in status_of(server.address).departures if d.name == "bad"]
+    assert gone.reason == "diverged"
+    rounds_go_on(crew, server)
+    bad.close()
+    server.signal(signal.SIGTERM)
+    crew.train_until(lambda: all(s.finished for s in crew.sessions.values()), "the run ends")

@@ -122,6 +122,7 @@ SAID: dict[str, dict[str, Any]] = {
     "an epoch before the first": {
         "welcome": pb.Welcome(heartbeat_s=1.0, lease_s=2.0, config=config_to_pb(RunConfig()))
     },
+    "a slot": {"welcome": pb.Welcome(epoch=1, slot=1 << 31, heartbeat_s=1.0, lease_s=2.0)},
     "a time before the beginning": {"open_round": pb.OpenRound(plan=PLAN, elapsed_s=-2.0)},
     "a time that is none": {"open_round": pb.OpenRound(plan=PLAN, elapsed_s=math.nan)},
     "a round that has no successor": {"commit": pb.Commit(round=HUGE, plan=PLAN)},

@@ -151,7 +151,7 @@ def message(kind: type) -> st.SearchStrategy[Any]:
         special = {"protocol_version": st.just(PROTOCOL_VERSION)}
     if kind is m.Welcome:
         pause = st.floats(1e-3, 1e9)
-        special = {"slot": st.integers(-1, 1 << 40), "heartbeat_s": pause, "lease_s": pause}
+        special = {"slot": st.integers(-1, (1 << 31) - 1), "heartbeat_s": pause, "lease_s": pause}
         special |= {"elapsed_s": TIMES | st.just(-1.0), "epoch": st.integers(1, 1 << 40)}
     built = st.fixed_dictionaries(fields_of(kind, special)).map(lambda values: kind(**values))
     if kind is m.Commit:

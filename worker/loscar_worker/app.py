@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
-from loscar_core.errors import ConfigError, InterruptedRunError
+from loscar_core.errors import ConfigError, InterruptedRunError, ServerLostError
 from loscar_worker.boundary import TrainingHalf
 from loscar_worker.evaluation import EvaluationWriter, LiveVector
 from loscar_worker.session import RoundRecord, Session, join
@@ -388,7 +388,11 @@ def _train(
         optimizer.step()
         optimizer.zero_grad()
         timer.finish(started)
-        session.step(loss=loss)
+        try:
+            session.step(loss=loss)
+        except ServerLostError:
+            saver.save()  # the run may be there again when this worker is started again
+            raise
         saver.save_if_due()
     if not session.finished:
         saver.save()
@@ -422,7 +426,8 @@ def save_live_model(path: Path, session: Session) -> None:
         tensors[segment.name] = values[start : start + segment.size].reshape(segment.shape)
         start += segment.size
     part = path.with_suffix(path.suffix + ".part")
-    save_file(tensors, part, {"format": "loscar", "run": session.run_id, "worker": session.name})
+    # Not save_file, whose errors are no OSErrors.
+    part.write_bytes(save(tensors, {"format": "loscar", "run": session.run_id, "worker": session.name}))
     part.replace(path)
 
 

@@ -21,8 +21,11 @@ from loscar_core.errors import (
     ConnectError,
     LoscarError,
     RefusedError,
+    ReplicaDivergedError,
     ServerLostError,
     SupersededError,
+    VersionMismatchError,
+    WrongModelError,
     WrongRoundError,
     WrongRunError,
 )
@@ -267,7 +270,12 @@ class Connection:
             if data is grpc.aio.EOF:
                 await self._ended(call)
                 return
-            effects = self.engine.received(decode_server_message(data))
+            try:
+                effects = self.engine.received(decode_server_message(data))
+            except LoscarError as error:
+                if not may_retry(error):
+                    await self._go(error, call)
+                raise
             welcome = self.engine.welcome
             if welcome is not None and not welcomed:
                 welcomed = True
@@ -278,6 +286,16 @@ class Connection:
                 if isinstance(effect, Dismissed):
                     self._dismissed(effect.goodbye)
                     return
+
+    async def _go(self, error: LoscarError, call: Any) -> None:
+        """Say why: the server would see a broken connection, and wait for this worker to come back."""
+        reason = Reason.DIVERGED if isinstance(error, ReplicaDivergedError) else Reason.FAILED
+        if self._outbox is not None:
+            self._send(Leave(reason, str(error)))
+            self._outbox.close(None)
+        ended = asyncio.ensure_future(call.code())
+        await asyncio.wait({ended}, timeout=LEAVE_FLUSH_S)
+        ended.cancel()
 
     def _note_welcome(self) -> None:
         self._joined = True
@@ -323,5 +341,6 @@ def may_retry(error: LoscarError, *, joined: bool = False) -> bool:
     # A stale server (lower epoch) is not the run's end: the live one may be at another address.
     if error.retriable or isinstance(error, WrongRoundError):
         return True
-    # Nor is one that was restarted with another run, token or certificate: it may be restarted once more.
-    return joined and isinstance(error, (AuthenticationError, WrongRunError))
+    # Nor is one that was restarted with another run, model, token or certificate: it may be restarted once more.
+    others = (AuthenticationError, VersionMismatchError, WrongModelError, WrongRunError)
+    return joined and isinstance(error, others)
