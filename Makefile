@@ -7,7 +7,7 @@ PROTO_TOOLS := grpcio-tools==1.72.1
 PROTO_VENV := .venv-proto
 GENERATED := proto/loscar_wire/_generated
 
-.PHONY: run test bench chaos fuzz soak lint types proto clean
+.PHONY: run test bench chaos fuzz soak claims lint types proto clean
 
 run: $(VENV)/worker.stamp
 	$(BIN)/loscar run $(ARGS)
@@ -29,7 +29,15 @@ chaos: $(VENV)/worker.stamp
 
 # A million conversations with the server; guided by coverage where atheris has a wheel for this Python.
 fuzz: $(VENV)/fuzz.stamp
-	$(BIN)/python tests/fuzz $(ARGS)
+	$(BIN)/python tests/fuzz --out benchmarks/results/fuzz.json $(ARGS)
+
+# A hundred thousand rounds with workers that come and go; half an hour on a machine that does nothing else.
+soak: $(VENV)/worker.stamp
+	$(BIN)/python benchmarks/soak.py $(ARGS)
+
+# What the paper claims, tried on real data; some hours, so that each can also be run alone.
+claims: $(VENV)/worker.stamp
+	status=0; for script in benchmarks/claim_*.py; do $(BIN)/python $$script || status=1; done; exit $$status
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""The tables of measured figures in README.md and docs/reproduction.md, made from benchmarks/results/.
+"""The tables of measured figures in README.md and in docs/, made from benchmarks/results/.
 
 python benchmarks/figures.py            write them into the pages, between their marks
 python benchmarks/figures.py --check    say whether they are up to date (exit status 1 when not)
@@ -16,6 +16,7 @@ from typing import Any
 RESULTS = Path(__file__).resolve().parent / "results"
 README = RESULTS.parent.parent / "README.md"
 REPRODUCTION = RESULTS.parent.parent / "docs" / "reproduction.md"
+RELIABILITY = RESULTS.parent.parent / "docs" / "reliability.md"
 BEGIN, END = "<!-- figures: made by benchmarks/figures.py -->", "<!-- end of figures -->"
 
 
@@ -94,8 +95,8 @@ def updated(text: str) -> str:
     return f"{before}{BEGIN}\n\n{figures()}\n{END}{after}"
 
 
-def claim_table(name: str) -> str:
-    """A claim's table and verdict in Markdown."""
+def result_table(name: str) -> str:
+    """A result's table and verdict in Markdown."""
     path = RESULTS / f"{name}.json"
     if not path.exists():
         return "Not measured yet."
@@ -106,11 +107,11 @@ def claim_table(name: str) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{verdict}"
 
 
-def with_claims(text: str) -> str:
-    """docs/reproduction.md's text with every claim's table replaced."""
+def with_tables(text: str) -> str:
+    """A page's text with every result's table replaced."""
 
     def block(match: re.Match[str]) -> str:
-        return f"<!-- table: {match[1]} -->\n\n{claim_table(match[1])}\n\n<!-- end of table -->"
+        return f"<!-- table: {match[1]} -->\n\n{result_table(match[1])}\n\n<!-- end of table -->"
 
     return re.sub(r"<!-- table: (\w+) -->.*?<!-- end of table -->", block, text, flags=re.DOTALL)
 
@@ -120,7 +121,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="compare instead of writing")
     check = parser.parse_args().check
     stale = []
-    for page, renew in ((README, updated), (REPRODUCTION, with_claims)):
+    for page, renew in ((README, updated), (REPRODUCTION, with_tables), (RELIABILITY, with_tables)):
         text = page.read_text(encoding="utf-8")
         new = renew(text)
         if new != text and check:

@@ -283,6 +283,7 @@ class Soak:
             "errors": self.errors[:20],
             "met": memory <= MEMORY and by is not None and not self.errors and self.round >= self.rounds,
             "tenths": tenths,
+            "table": {"headings": HEADINGS, "rows": rows_of(tenths)},
         }
 
 
@@ -290,28 +291,33 @@ def _within(changes: dict[str, float]) -> bool:
     return all(1 / (1 + LATENCY) - 1 <= change <= LATENCY for change in changes.values())
 
 
-def text_of(result: dict[str, Any]) -> str:
+HEADINGS = ("tenth", "rounds/s", "workers", "ms p50/p95/p99", "echo p50/p95/p99", "server CPU ms", "max RSS MB")
+
+
+def rows_of(tenths: list[dict[str, Any]]) -> list[list[str]]:
     rows = []
-    for i, t in enumerate(result["tenths"]):
+    for i, t in enumerate(tenths):
         plain, reference = t["latency_ms"].values(), t["reference_ms"].values()
         rows.append(
-            (
-                i + 1,
+            [
+                str(i + 1),
                 f"{t['rounds_per_s']:.1f}",
                 f"{t['members']:.1f}",
                 "/".join(f"{v:.1f}" for v in plain),
                 "/".join(f"{v:.1f}" for v in reference),
                 f"{t['server_cpu_ms_a_round']:.2f}",
                 f"{t['server_rss_bytes_max'] / 1e6:.1f}",
-            )
+            ]
         )
-    headings = ("tenth", "rounds/s", "workers", "ms p50/p95/p99", "echo p50/p95/p99", "server CPU ms", "max RSS MB")
+    return rows
 
+
+def text_of(result: dict[str, Any]) -> str:
     def changes(values: dict[str, float]) -> str:
         return ", ".join(f"p{p} {v:+.1%}" for p, v in values.items())
 
     return (
-        f"{_bench.table(headings, rows)}\n"
+        f"{_bench.table(HEADINGS, result['table']['rows'])}\n"
         f"memory after the first tenth: {result['memory_growth']:+.1%} at most\n"
         f"latency, last tenth to first: {changes(result['latency_change'])}; "
         f"relative to the echo {changes(result['latency_change_by_reference'])}; "

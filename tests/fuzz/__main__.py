@@ -16,6 +16,7 @@ import faulthandler
 import functools
 import gc
 import hashlib
+import json
 import os
 import random
 import resource
@@ -55,6 +56,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--crashes", type=Path, default=Path("fuzz-crashes"), help="inputs that crash or hang go here")
     parser.add_argument("--blind", action="store_true", help="mutations that nothing guides")
     parser.add_argument("--input", type=Path, help="run this one input and nothing else")
+    parser.add_argument("--out", type=Path, help="write the figures here, as JSON")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.blind = args.blind or find_spec("atheris") is None
@@ -105,6 +107,22 @@ def supervise(args: argparse.Namespace) -> int:
         crashes = p.crashes + died
         complete = p.inputs >= args.runs
         flat = p.blocks <= FLAT * p.blocks_early and (not args.blind or p.peak <= FLAT * p.peak_early)
+        met = complete and flat and not crashes and not hangs
+        if args.out is not None:
+            cells = [
+                ("inputs", f"{p.inputs:,}"),
+                ("seconds", f"{took:.0f}"),
+                ("mutations", how),
+                ("crashes", str(crashes)),
+                ("hangs (20 s)", str(hangs)),
+                ("slowest input, s", f"{p.slowest_s:.2f}"),
+                ("MB after a tenth", f"{p.peak_early / 1e6:.1f}"),
+                ("MB at the end", f"{p.peak / 1e6:.1f}"),
+                ("Python's blocks after a tenth", f"{p.blocks_early:,}"),
+                ("at the end", f"{p.blocks:,}"),
+            ]
+            table = {"headings": [c[0] for c in cells], "rows": [[c[1] for c in cells]]}
+            args.out.write_text(json.dumps({"table": table, "met": met}, indent=2) + "\n", encoding="utf-8")
         print(
             f"inputs   {p.inputs} in {took:.0f} s ({p.inputs / max(took, 1e-9):.0f} a second), {how}"
             f"{'' if complete else f'; {args.runs} were wanted'}\n"
@@ -115,7 +133,7 @@ def supervise(args: argparse.Namespace) -> int:
             f"{'' if flat else ': IT GROWS'}",
             flush=True,
         )
-        return 0 if complete and flat and not crashes and not hangs else 1
+        return 0 if met else 1
 
 
 def keep(folder: Path, data: bytes, kind: str) -> None:
