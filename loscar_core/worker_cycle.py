@@ -65,6 +65,10 @@ class Cycle:
         """Snapshots and merges happen at given steps, whatever the network does."""
         return self.local_steps is not None and self.overlap_steps is not None
 
+    def part(self) -> None:
+        """There will be no more steps: contribute to every round from now on, and wait for its answer."""
+        self.local_steps = self.overlap_steps = 0
+
     def stepped(self) -> None:
         """One optimizer step was taken."""
         self.steps_since_merge += 1

@@ -114,4 +114,7 @@ def _outcome(found: dict[str, Any] | None, unit: float, how: str, missing: str) 
     known, count = sum(v is not None for v in found["values"]), len(found["values"])
     if known > 1:
         text += f" ± {format(found['deviation'] / unit, how)}"
-    return text if known == count else f"{text}\n{missing} in {count - known} of {count}"
+    if known == count:
+        return text
+    # In lines of its own: on one the table would be too wide for a pipe's 120 columns.
+    return f"{text}\n{'none' if missing == '–' else missing}\nin {count - known} of {count}"

@@ -136,7 +136,7 @@ def shortened(text: str, most: int) -> str:
 def wrapped(text: str, width_in: float) -> str:
     """In lines that fit into a width; a link's description has no spaces, so they break after other marks too."""
     most, lines = int(width_in / 0.068), [""]
-    for piece in re.findall(r"[^ ,;/-]*[ ,;/-]*", text):
+    for piece in re.findall(rf"[^ ,;/_-]{{0,{most}}}[ ,;/_-]+|[^ ,;/_-]{{1,{most}}}", text):
         if lines[-1] and len(lines[-1]) + len(piece.rstrip()) > most:
             lines.append("")
         lines[-1] += piece
@@ -242,7 +242,7 @@ def loss_figure(runs: Sequence[RunData], against: Against) -> Figure | None:
     curves = [(f"{run.label}: {c.what}" if mixed else run.label, c, style(n)) for n, run, c in drawn]
     figure = new_figure(3.6)
     axes = figure.add_subplot()
-    targets = {float(run.config["target_loss"]) for _, run, _ in drawn if "target_loss" in run.config}
+    targets = {run.target_loss for _, run, _ in drawn} - {None}
     draw_losses(
         axes,
         curves,

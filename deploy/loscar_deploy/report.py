@@ -41,8 +41,8 @@ _PICTURES = {
         "The lower bar of each worker is its training thread, a few rounds from the middle of the run; the upper one "
         "is its contribution or the answer to it in flight, from the snapshot until the answer could be merged. All "
         "panels have the same axis. Everybody stops for the final round; that does not count as waiting. Time in "
-        "which the emulation of a slower machine sleeps counts as computing. Where the lower bar is missing, the worker "
-        "was not there.",
+        "which the emulation of a slower machine sleeps counts as computing. Where the lower bar is missing, the "
+        "worker was not there.",
     ),
     "loss-seconds": ("Loss against time", ""),
     "loss-steps": ("Loss against steps", ""),
@@ -153,7 +153,7 @@ def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _results_table(runs: Sequence[RunData]) -> str:
     rows = []
-    with_target = any("target_loss" in run.config for run in runs)
+    with_target = any(run.target_loss is not None for run in runs)
     for run in runs:
         told, workers = _told(run), run.workers()
         idle = [w.idle_fraction for w in workers if w.idle_fraction is not None]
@@ -234,8 +234,7 @@ def _number(value: float | None, how: str) -> str:
 def _told(run: RunData) -> dict[str, Any]:
     """A run's result as `--json` prints it."""
     summary = run.summary or {}
-    target = float(run.config["target_loss"]) if "target_loss" in run.config else None
-    reached = None if target is None else run.reached(target)
+    reached = None if run.target_loss is None else run.reached(run.target_loss)
     return {
         "label": run.label,
         "path": str(run.path),
@@ -244,7 +243,7 @@ def _told(run: RunData) -> dict[str, Any]:
         "rounds": summary.get("rounds"),
         "loss": summary.get("loss"),
         "accuracy": summary.get("accuracy"),
-        "target_loss": target,
+        "target_loss": run.target_loss,
         "seconds_to_target": None if reached is None else reached["elapsed_s"],
         "stopped": summary.get("stopped"),
         "workers": [asdict(w) for w in run.workers()],

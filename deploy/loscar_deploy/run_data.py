@@ -14,6 +14,7 @@ from statistics import median
 from typing import Any
 
 from loscar_core.errors import ConfigError, DataMissingError
+from loscar_deploy.options import number
 
 TEST_LOSS = "test loss of the live models' average"
 TRAINING_LOSS = "training loss (mean over workers)"
@@ -84,6 +85,7 @@ class RunData:
         path: the folder.
         label: what pictures and tables call it.
         config: the options.
+        target_loss: --target-loss, None without.
         summary: None for a run that did not end in order.
         evaluations: lines of evaluations.jsonl.
         metrics: lines of metrics.jsonl.
@@ -99,6 +101,7 @@ class RunData:
     metrics: list[dict[str, Any]]
     rounds: dict[str, list[dict[str, Any]]]
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
+    target_loss: float | None = None
 
     @property
     def simulated(self) -> bool:
@@ -189,7 +192,8 @@ def load_run(path: Path, label: str | None = None) -> RunData:
         raise DataMissingError(f"{path} is no run folder: it has no config.toml")
     try:
         options = tomllib.loads(config.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        target_loss = number("target_loss", str(options["target_loss"])) if "target_loss" in options else None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, ConfigError) as error:
         raise ConfigError(f"{config} cannot be read: {error}") from None
     summary = path / "summary.json"
     metrics = _lines(path / "metrics.jsonl", _METRIC_FIELDS)
@@ -205,6 +209,7 @@ def load_run(path: Path, label: str | None = None) -> RunData:
         metrics,
         {name: _all_lives(_lines(path / "workers" / f"{name}.rounds.jsonl", _ROUND_FIELDS)) for name in ordered},
         {n: _object(file) for n in ordered if (file := path / "workers" / f"{n}.json").is_file()},
+        target_loss,
     )
 
 
@@ -244,16 +249,16 @@ def _lines(path: Path, fields: set[str]) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     found = []
-    for number, text in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1], start=1):
+    for place, text in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1], start=1):
         try:
             line = json.loads(text)
         except json.JSONDecodeError:
             line = None
         if not isinstance(line, dict):
-            raise ConfigError(f"{path} cannot be read: line {number} is no JSON object")
+            raise ConfigError(f"{path} cannot be read: line {place} is no JSON object")
         missing = sorted(fields - line.keys())
         if missing:
-            raise ConfigError(f"{path} cannot be read: line {number} has no {missing[0]}")
+            raise ConfigError(f"{path} cannot be read: line {place} has no {missing[0]}")
         found.append(line)
     return found
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from crew import CONFIG, Crew, Gate, crew_in
-from processes import Processes, Server, status_of
+from processes import DEADLINE_S, Processes, Server, status_of
 
 from loscar_core.errors import ReplicaDivergedError
+from loscar_deploy.books import close_books
 from loscar_server.events import read_events
 
 pytestmark = pytest.mark.timeout(120)
@@ -225,3 +228,25 @@ def test_a_worker_whose_replica_diverges_leaves_with_its_reason(processes: Proce
     bad.close()
     server.signal(signal.SIGTERM)
     crew.train_until(lambda: all(s.finished for s in crew.sessions.values()), "the run ends")
+
+
+def test_who_leaves_politely_takes_nothing_along(processes: Processes, crew: Crew) -> None:
+    """A worker that stops training hands over all it has, coordinate by coordinate, before it goes."""
+    server = processes.server(*crew.flags, "--workers", "3")
+    crew.join(dict.fromkeys(("w0", "w1", "leaver"), server.address))
+    rounds_go_on(crew, server)
+    leaver = crew.sessions["leaver"]
+    crew.resting = {"leaver"}
+    outcome: list[bool] = []
+    parting = threading.Thread(target=lambda: outcome.append(leaver.part(DEADLINE_S)))
+    parting.start()
+    crew.train_until(lambda: not parting.is_alive(), "it has parted")
+    assert outcome == [True]
+    held = leaver.live() - leaver.engine.anchor.vector
+    np.testing.assert_allclose(held, 0, atol=1e-6)
+    crew.sessions.pop("leaver").close()
+    close_books(leaver, crew.folder)
+    rounds_go_on(crew, server)
+    server.signal(signal.SIGTERM)
+    found = crew.audited(["leaver"])
+    assert found.failures == ["leaver holds another state than w0"], "an earlier one, with nothing missing in it"

@@ -55,6 +55,7 @@ class WorkerOptions:
         state: file that this worker's whole state (session, optimizer, data position) is saved to, and resumed
             from when it is there.
         state_every_s: how often; a signal to leave saves it once more.
+        parting_s: for how long at most a worker that leaves goes on contributing what it has; see `Session.part`.
         rejoin: what becomes of own progress after a long absence, see `loscar_worker.join`.
     """
 
@@ -88,6 +89,7 @@ class WorkerOptions:
     evaluation: Path | None = None
     state: Path | None = None
     state_every_s: float = 60.0
+    parting_s: float = 0.0
     rejoin: str = "project"
 
 
@@ -205,6 +207,10 @@ def run_worker(options: WorkerOptions) -> int:
                 # Before anything is contributed: what has been resumed from must not be resumed from twice.
                 saver.save()
             _train(session, task, model, optimizer, batches, timer, stopper, saver)
+            if not session.finished:
+                if options.parting_s > 0 and not session.part(options.parting_s):
+                    log.info("left after %g s with progress that has not gone out", options.parting_s)
+                saver.save()
         if options.save_model is not None:
             save_live_model(options.save_model, session)
         if options.result is not None:
@@ -394,8 +400,6 @@ def _train(
             saver.save()  # the run may be there again when this worker is started again
             raise
         saver.save_if_due()
-    if not session.finished:
-        saver.save()
 
 
 def figures(session: Session, timer: StepTimer) -> dict[str, Any]:

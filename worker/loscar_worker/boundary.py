@@ -13,13 +13,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from loscar_core.errors import ConfigError
 from loscar_core.merge import MergeKind, RejoinKind, merge, projection
 from loscar_core.messages import WorkerReport
 from loscar_core.plan import RoundKind, RoundPlan
-from loscar_core.replica import Floats
+from loscar_core.replica import Floats, Indices
 from loscar_core.worker_cycle import Action, Cycle, Situation
 from loscar_core.worker_effects import RunEnded
 from loscar_core.worker_engine import WorkerEngine
@@ -102,6 +103,8 @@ class TrainingHalf:
         self._cycle = Cycle(1, 1.0, None, 0.0)
         self._merge_kind = MergeKind.DELAY_CORRECTED
         self._max_steps: int | None = None
+        self._unsent: NDArray[np.bool_] | None = None
+        self._parting: Indices | None = None
         self._losses: deque[Tensor | float] = deque(maxlen=LOSSES_KEPT)
         self._loss: float | None = None
 
@@ -192,6 +195,16 @@ class TrainingHalf:
         """The live parameters in logical order, then the statistics; a new float32 array."""
         return np.concatenate([self._view.vector(), self._view.statistics()])
 
+    def start_parting(self) -> None:
+        """There will be no more steps: what this worker has not contributed yet goes out round by round."""
+        self._cycle.part()
+        self._unsent = np.ones(self.engine.layout.dimension, np.bool_)
+
+    @property
+    def parted(self) -> bool:
+        """Since `start_parting`, every coordinate's progress has been included in a round; or the run is over."""
+        return self.finished or (self._unsent is not None and not self._unsent.any())
+
     # --- at a step boundary ---------------------------------------------------------------------------------
 
     def advance(self) -> tuple[Action, int]:
@@ -202,7 +215,7 @@ class TrainingHalf:
             the mailbox is newer than the version that comes with it.
         """
         box = self._background.mailbox
-        while not self.finished:
+        while not self.parted:
             if box.failure is not None:
                 self._background.raise_failure()
             with box.changed:  # one look: a round must not seem open before what it builds on is merged
@@ -275,6 +288,8 @@ class TrainingHalf:
         )
         self._snapshot_steps = self._cycle.steps_since_merge
         self._cycle.took_snapshot(plan.round)
+        if self._unsent is not None:
+            self._parting = opened.open.indices
         self._snapshot_at = self.run_s
         self._in_final_round = plan.kind is RoundKind.FINAL
 
@@ -306,6 +321,10 @@ class TrainingHalf:
         if update.statistics is not None:
             self._view.load_statistics(update.statistics)
         own = update.settles is not None
+        if own and self._unsent is not None and self._parting is not None:
+            if ready.sent is not None:
+                self._unsent[self._parting] = False
+            self._parting = None
         self._in_final_round = self._in_final_round and not own
         self._cycle.merged(own=own, now=self._clock())
         if plan is not None:

@@ -195,6 +195,25 @@ class Session(TrainingHalf):
         """Ask the server to end the run for everybody, with its final round."""
         self._background.stop_run(why)
 
+    def part(self, timeout_s: float) -> bool:
+        """Before leaving: take part in rounds without training, until all that this worker has not contributed yet has
+        gone out, or the time is over. With density ρ and sweeps that takes 1/ρ to 2/ρ rounds.
+
+        Returns:
+            Whether everything has gone out.
+
+        Raises:
+            LoscarError: as `step`.
+        """
+        self.start_parting()
+        end = time.monotonic() + timeout_s
+        while True:
+            _, version = self.advance()
+            left = end - time.monotonic()
+            if self.parted or left <= 0:
+                return self.parted
+            wait_changed(self._background.mailbox, version, min(left, WAIT_SLICE_S))
+
     def close(self, reason: Reason | None = None, detail: str = "") -> None:
         """Leave the run. Safe to call twice; the model stays as it is."""
         if self._closed or os.getpid() != self._pid:

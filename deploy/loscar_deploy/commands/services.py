@@ -91,6 +91,7 @@ def _worker(args: Namespace) -> int:
             evaluation=args.evaluation,
             state=args.state,
             state_every_s=o.seconds("--state-every", args.state_every),
+            parting_s=o.seconds("--parting", args.parting),
             rejoin=args.rejoin,
         )
     )
@@ -150,6 +151,9 @@ def declare(command: Declare) -> None:
     worker.add_argument("--result", metavar="FILE", type=Path, help="write the figures here at the end")
     worker.add_argument("--state", metavar="FILE", type=Path, help="save the worker's whole state here, and resume")
     worker.add_argument("--state-every", metavar="TIME", default="1m", help="how often")
+    worker.add_argument(
+        "--parting", metavar="TIME", default="5s", help="hand over what it has before it leaves, so long"
+    )
     worker.add_argument("--rejoin", metavar="HOW", default="project", help="after a long absence: project, keep, drop")
     worker.add_argument("--evaluation", type=Path, help=argparse.SUPPRESS)
     worker.add_argument("--save-model", metavar="FILE", type=Path, help="write the model as this worker leaves with it")
