@@ -6,6 +6,7 @@ import contextlib
 import json
 import time
 from argparse import Namespace
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,7 @@ class RunFolder:
                 for m in reply.members
                 if not m.observer
             ],
+            "departures": dict(Counter(d.reason for d in reply.departures)),
         }
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")

@@ -9,6 +9,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -184,11 +185,16 @@ def test_a_run_goes_on_without_a_killed_worker_and_leaves_nobody_when_it_is_kill
     run.says("was ended by signal 9: ")
     metrics = tmp_path / "out" / "metrics.jsonl"
 
+    def last() -> dict[str, Any]:
+        line: dict[str, Any] = json.loads(metrics.read_text().splitlines()[-1])
+        return line
+
     def last_round() -> int:
-        return int(json.loads(metrics.read_text().splitlines()[-1])["round"])
+        return int(last()["round"])
 
     before = last_round()
     wait_until(lambda: last_round() >= before + 3, "rounds go on")
+    assert last()["departures"] == {"stream-closed": 1}
     assert run.popen.poll() is None
     run.signal(signal.SIGKILL)
     wait_until(lambda: gone(children), "no process is left behind")
