@@ -119,6 +119,8 @@ class ServerLimits:
         norm_bound: contributions this many times larger than usual are refused, or None.
         clone_below: newcomers get a live worker's unsent progress when rounds carry less than this share.
         max_backlog_rounds: unsent rounds after which a member is caught up by value instead.
+        consolidation_share: share of the values sent that dense rounds may be, which make of the consensus a model
+            worth saving: at a low density it lags behind the workers. 0 for none.
     """
 
     workers: int | None = None
@@ -136,6 +138,7 @@ class ServerLimits:
     norm_bound: float | None = None
     clone_below: float = 0.5
     max_backlog_rounds: int = 8
+    consolidation_share: float = 0.0
 
     def __post_init__(self) -> None:
         if self.workers is not None and not 1 <= self.workers <= self.max_members:
@@ -143,6 +146,8 @@ class ServerLimits:
         for name in ("lease_s", "heartbeat_s", "round_cap_s", "deadline_cycles"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} {getattr(self, name)} is not positive")
+        if not 0 <= self.consolidation_share < 1:
+            raise ConfigError(f"consolidation_share {self.consolidation_share} is outside 0..1")
         if self.norm_bound is not None:
             NormBound(self.norm_bound)
         for name in ("start_grace_s", "slot_reserve_s", "recover_after_s"):

@@ -106,11 +106,15 @@ class Member:
     def observer(self) -> bool:
         return self.hello.observer
 
-    def deadline_s(self, limits: ServerLimits) -> float:
-        """How long after its opening this member can hold a round up."""
+    def deadline_s(self, limits: ServerLimits, stretch: float = 1.0) -> float:
+        """How long after its opening this member can hold a round up.
+
+        Args:
+            stretch: how many times as large as usual the round is; 1 for smaller ones.
+        """
         if len(self.cycles_s) < 3:
             return limits.round_cap_s
-        own = limits.deadline_cycles * statistics.median(self.cycles_s)
+        own = limits.deadline_cycles * statistics.median(self.cycles_s) * max(1.0, stretch)
         return min(limits.round_cap_s, max(DEADLINE_FLOOR_S, own))
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from loscar_core.effects import RoundCommitted, Send
 from loscar_core.errors import WrongRoundError
 from loscar_core.messages import Commit, Contribution, OpenRound, SlotTaken
 from loscar_core.plan import RoundKind, RoundPlan, end_plan, plan_round
+from loscar_core.selection import SelectionKind
 from loscar_core.server_followers import Followers
 from loscar_core.server_members import Member, MemberState
 from loscar_core.server_round import ServerRound
@@ -46,7 +49,15 @@ class Rounds(Followers):
             self.stop_reason = "the duration is over"
         if self.stop_reason is None and self.config.rounds is not None and round_ > self.config.rounds:
             self.stop_reason = "all rounds are done"
-        return plan_round(self.config, self.replica.vector.size, round_, stopping=self.stop_reason is not None)
+        dimension = self.replica.vector.size
+        plan = plan_round(self.config, dimension, round_, stopping=self.stop_reason is not None)
+        if plan.kind is RoundKind.TRAIN and plan.count < dimension and self._may_consolidate(dimension):
+            return replace(plan, kind=RoundKind.CONSOLIDATION, selection=SelectionKind.ALL, count=dimension)
+        return plan
+
+    def _may_consolidate(self, dimension: int) -> bool:
+        share = self.limits.consolidation_share
+        return share > 0 and share * (self._values_sent + dimension) >= dimension
 
     def _open(self, plan: RoundPlan) -> None:
         assert self.replica is not None
@@ -69,6 +80,7 @@ class Rounds(Followers):
             plan, self.config.seed, self.replica, self.residual, slots, self.limits, self._norm_bound
         )
         self._round_opened = self._now
+        self._stretch = plan.count / self.config.count(self.replica.vector.size)
 
     def _announce(self, plan: RoundPlan) -> None:
         peers = tuple(m.peer for m in self.members.by_peer.values() if m.following)
@@ -88,7 +100,7 @@ class Rounds(Followers):
         if self.round is None:
             return []
         return [
-            self._round_opened + m.deadline_s(self.limits)
+            self._round_opened + m.deadline_s(self.limits, self._stretch)
             for m in self._present()
             if not self.round.contributed(m.slot)
         ]
@@ -116,7 +128,8 @@ class Rounds(Followers):
                     continue
             quorum = (len(present) + 1) // 2
             # The same sum as in _deadlines (and so for all waits): a wake-up at that moment must find it passed.
-            awaited = [m.slot for m in present if self._now < self._round_opened + m.deadline_s(self.limits)]
+            waits = {m.slot: m.deadline_s(self.limits, self._stretch) for m in present}
+            awaited = [slot for slot, wait_s in waits.items() if self._now < self._round_opened + wait_s]
             for index in current.open_parts() if part is None else [part]:
                 have = set(current.contributors(index))
                 if len(have) >= quorum and have.issuperset(awaited):
@@ -154,6 +167,8 @@ class Rounds(Followers):
                 member.missed += 1
                 # At least so long: or a worker that has become slower would miss every round from now on.
                 member.cycles_s.append(self._now - self._round_opened)
+        dense = plan.selection is SelectionKind.ALL
+        self._values_sent = 0 if dense else self._values_sent + plan.count
         next_plan = self._next_plan(plan.round + 1, final_done=plan.kind is RoundKind.FINAL)
         elapsed = self.elapsed_s(self._now)
         commit = Commit(plan.round, current.members, digest, next_plan, round(elapsed * 1000))

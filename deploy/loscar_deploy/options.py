@@ -24,6 +24,9 @@ E = TypeVar("E", bound=Enum)
 
 _UNITS_S = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
 _LONGEST_S = 1e9
+CONSOLIDATION_SHARE = 0.05
+"""Of the values sent, for dense rounds before checkpoints."""
+
 _LARGEST = (1 << 63) - 1
 
 
@@ -325,6 +328,7 @@ def server_limits(args: Namespace, workers: int | None) -> ServerLimits:
         aggregate=aggregate,
         trim=trim,
         norm_bound=None if bound is None else number("--norm-bound", bound),
+        consolidation_share=CONSOLIDATION_SHARE if getattr(args, "checkpoints", None) is not None else 0.0,
     )
 
 

@@ -21,6 +21,7 @@ from grpc_reflection.v1alpha import reflection
 from loscar_core import effects as fx
 from loscar_core.config import RunConfig, ServerLimits
 from loscar_core.errors import ConfigError, InterruptedRunError, PortInUseError, ServerLostError, WrongRunError
+from loscar_core.plan import RoundKind, RoundPlan
 from loscar_core.saved_state import SavedState
 from loscar_core.server_machine import ServerMachine
 from loscar_core.server_state import Phase
@@ -129,6 +130,7 @@ class ServerProcess:
         self._saving: asyncio.Task[None] | None = None
         self._writing: asyncio.Future[Path] | None = None
         self._saved: Position | None = None
+        self._worth_saving = asyncio.Event()
         self._server: grpc.aio.Server | None = None
         self._ticking: asyncio.Task[None] | None = None
 
@@ -170,6 +172,11 @@ class ServerProcess:
             log.log(*line)
         if self._events is not None:
             self._events.note(effect, self.service.machine.epoch)
+        match effect:
+            case fx.RoundCommitted(plan=RoundPlan(kind=RoundKind.CONSOLIDATION)) | fx.RunFinished() | fx.SteppedDown():
+                self._worth_saving.set()
+            case _:
+                pass
         if self._observe is not None:
             self._observe(effect)
 
@@ -214,7 +221,8 @@ class ServerProcess:
     async def _save_regularly(self, checkpoints: Checkpoints) -> None:
         while not self.service.finished.is_set():
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self.service.finished.wait(), self._options.checkpoint_every_s)
+                await asyncio.wait_for(self._worth_saving.wait(), self._options.checkpoint_every_s)
+            self._worth_saving.clear()
             await self._save(checkpoints)
 
     async def _save(self, checkpoints: Checkpoints) -> None:

@@ -17,6 +17,7 @@ DEATHS = {
     "replays": Chaos(cut=0.004, kill=0.001, replays=0.01),
     "clock jumps": Chaos(cut=0.002, kill=0.0005, jumps=0.001, deadlines=True),
     "deadlines": Chaos(cut=0.003, kill=0.001, deadlines=True, slow=True, backlog=2),
+    "dense rounds": Chaos(cut=0.004, kill=0.001, crash=0.001, limits={"consolidation_share": 0.3}),
     "stops": Chaos(cut=0.003, kill=0.001, stops=True),
 }
 SEEDS = 16

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 from crew import CONFIG, Crew, Gate, crew_in
-from processes import DEADLINE_S, Processes, Server, status_of
+from processes import DEADLINE_S, Processes, Server, status_of, wait_until
 
 from loscar_core.errors import ReplicaDivergedError
 from loscar_deploy.books import close_books
+from loscar_server.checkpoint import Checkpoints
 from loscar_server.events import read_events
 
 pytestmark = pytest.mark.timeout(120)
@@ -250,3 +251,19 @@ def test_who_leaves_politely_takes_nothing_along(processes: Processes, crew: Cre
     server.signal(signal.SIGTERM)
     found = crew.audited(["leaver"])
     assert found.failures == ["leaver holds another state than w0"], "an earlier one, with nothing missing in it"
+
+
+def test_a_dense_round_is_saved_at_once(processes: Processes, tmp_path: Path) -> None:
+    """At a low density the consensus is worth saving after a dense round, which comes as soon as it is a twentieth of
+    what has been sent; the next regular checkpoint would be ten minutes away."""
+    folder = tmp_path / "checkpoints"
+    flags = ["--workers", "1", "--density", "0.1", "--local-steps", "1"]
+    server = processes.server(*flags, "--checkpoints", str(folder), "--checkpoint-every", "10m")
+    worker = processes.loscar("worker", "--server", server.address)
+    wait_until(lambda: list(folder.glob("*.safetensors")), "a checkpoint")
+    for process in (worker, server):
+        process.signal(signal.SIGKILL)
+        process.wait()
+    saved = Checkpoints(folder, 3).newest()
+    assert saved is not None
+    assert saved.replica.position.round >= 191
