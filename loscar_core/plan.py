@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 
 import numpy as np
@@ -96,6 +96,11 @@ def plan_round(config: RunConfig, dimension: int, round_: int, *, stopping: bool
     kind = RoundKind.EVALUATION if evaluate else RoundKind.TRAIN
     count = dimension if config.selection is SelectionKind.ALL else config.count(dimension)
     return RoundPlan(round_, kind, config.selection, count, config.value_type)
+
+
+def consolidation(plan: RoundPlan, dimension: int) -> RoundPlan:
+    """The same round with all coordinates, after which the consensus is worth saving."""
+    return replace(plan, kind=RoundKind.CONSOLIDATION, selection=SelectionKind.ALL, count=dimension)
 
 
 def end_plan(round_: int) -> RoundPlan:

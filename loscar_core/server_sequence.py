@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from loscar_core.effects import RoundCommitted, Send
 from loscar_core.errors import WrongRoundError
 from loscar_core.messages import Commit, Contribution, OpenRound, SlotTaken
-from loscar_core.plan import RoundKind, RoundPlan, end_plan, plan_round
+from loscar_core.plan import RoundKind, RoundPlan, consolidation, end_plan, plan_round
 from loscar_core.selection import SelectionKind
 from loscar_core.server_followers import Followers
 from loscar_core.server_members import Member, MemberState
@@ -52,7 +50,7 @@ class Rounds(Followers):
         dimension = self.replica.vector.size
         plan = plan_round(self.config, dimension, round_, stopping=self.stop_reason is not None)
         if plan.kind is RoundKind.TRAIN and plan.count < dimension and self._may_consolidate(dimension):
-            return replace(plan, kind=RoundKind.CONSOLIDATION, selection=SelectionKind.ALL, count=dimension)
+            return consolidation(plan, dimension)
         return plan
 
     def _may_consolidate(self, dimension: int) -> bool:

@@ -30,8 +30,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loscar_core.config import RunConfig
-from loscar_core.plan import Part, RoundPlan, parts_of, plan_round
-from loscar_core.replica import checksum_of
+from loscar_core.plan import Part, RoundKind, consolidation, parts_of, plan_round
+from loscar_core.replica import Indices, checksum_of
 from loscar_deploy.books import Lives, read_sent
 from loscar_server.events import read_events
 
@@ -47,10 +47,12 @@ class Round:
     """A committed round on the final state's history.
 
     Attributes:
+        kind: of the round, as in its event.
         parts: per part the incarnations in its sum, by slot.
     """
 
     number: int
+    kind: str
     members: int
     digest: int
     previous: int
@@ -122,7 +124,7 @@ def history(events: list[dict[str, Any]], digest: int, round_: int) -> list[Roun
     found: list[Round] = []
     while round_ > 0 and (round_, digest) in committed:
         e = committed[round_, digest]
-        found.append(Round(round_, e["n"], digest, e["previous"], tuple(tuple(p) for p in e["parts"])))
+        found.append(Round(round_, e["kind"], e["n"], digest, e["previous"], tuple(tuple(p) for p in e["parts"])))
         round_, digest = round_ - 1, e["previous"]
     return found[::-1]
 
@@ -150,8 +152,13 @@ class Replay:
             incarnations = [incarnation_of(name) for name, _ in worker]
             self._others.update(dict.fromkeys(incarnations, incarnations))
 
-    def plan(self, number: int) -> RoundPlan:
-        return plan_round(self._config, self.consensus.size, number, stopping=False)
+    def indices(self, entry: Round) -> Indices:
+        """What a round selected."""
+        dimension = self.consensus.size
+        plan = plan_round(self._config, dimension, entry.number, stopping=False)
+        if entry.kind == RoundKind.CONSOLIDATION.name.lower():
+            plan = consolidation(plan, dimension)
+        return plan.indices(self._config.seed, dimension)
 
     def sent(self, incarnation: str, number: int) -> list[Floats]:
         """What was taken by that incarnation for a round: one, unless the round was planned anew. A resumed worker
@@ -165,9 +172,8 @@ class Replay:
         """Take a round over; returns what is wrong with it, or None."""
         if self._digest != entry.previous:
             return f"round {entry.number} does not build on the state before it"
-        plan = self.plan(entry.number)
-        indices = plan.indices(self._config.seed, self.consensus.size)
-        for choice in self._choices(entry):
+        indices = self.indices(entry)
+        for choice in self._choices(entry, indices.size):
             values = self.consensus[indices]
             for part, members in zip(parts_of(indices.size), entry.parts, strict=True):
                 values[part.start : part.stop] += _mean(part, members, choice, entry.members)
@@ -180,9 +186,9 @@ class Replay:
             return f"round {entry.number} holds a contribution of {missing[0]} that nobody wrote down"
         return f"round {entry.number} cannot be computed from what was sent"
 
-    def _choices(self, entry: Round) -> Iterator[dict[str, Floats]]:
+    def _choices(self, entry: Round, size: int) -> Iterator[dict[str, Floats]]:
         members = sorted({i for part in entry.parts for i in part})
-        sent = {i: self.sent(i, entry.number) for i in members}
+        sent = {i: [v for v in self.sent(i, entry.number) if v.size == size] for i in members}
         if all(sent.values()):
             yield {i: found[0] for i, found in sent.items()}
             for i, found in sent.items():
@@ -211,31 +217,32 @@ class Contributions:
 
     def __init__(self, lives: Lives, given_up: list[int], folder: Path) -> None:
         self._incarnations = [incarnation_of(name) for name, _ in lives]
-        self._own: list[dict[int, Floats]] = []
+        self._own: list[dict[tuple[int, int], Floats]] = []  # by round and size: a round may be planned anew
         for name, count in lives:
             known = itertools.islice(read_sent(folder / name), count) if count else ()
-            self._own.append({number: values for number, values in known if number not in given_up})
+            self._own.append({(number, v.size): v for number, v in known if number not in given_up})
 
-    def to(self, number: int, members: tuple[str, ...]) -> tuple[bool, Floats | None]:
+    def to(self, number: int, size: int, members: tuple[str, ...]) -> tuple[bool, Floats | None]:
         """Whether it is among the members of a part, and what it knows to have sent for that round."""
         for life in reversed(range(len(self._incarnations))):
             if self._incarnations[life] in members:
-                found = (own[number] for own in reversed(self._own[: life + 1]) if number in own)
+                key = (number, size)
+                found = (own[key] for own in reversed(self._own[: life + 1]) if key in own)
                 return True, next(found, None)
         return False, None
 
 
-def balance(ending: Ending, replay: Replay, rounds: list[Round], config: RunConfig, folder: Path) -> dict[str, Any]:
+def balance(ending: Ending, replay: Replay, rounds: list[Round], folder: Path) -> dict[str, Any]:
     """A worker's ledger: what its live vector should be, against what it is."""
     dimension = ending.live.size
     contributions = Contributions(ending.values["lives"], ending.values["given_up"], folder)
     contributed = np.zeros(dimension)
     number, not_known, smallest = 0, 0, np.inf
     for entry in rounds:
-        indices = replay.plan(entry.number).indices(config.seed, dimension)
+        indices = replay.indices(entry)
         included, known = False, False
         for part, members in zip(parts_of(indices.size), entry.parts, strict=True):
-            here, values = contributions.to(entry.number, members)
+            here, values = contributions.to(entry.number, indices.size, members)
             included |= here
             if values is not None:
                 known = True
@@ -300,7 +307,7 @@ def audit(folder: Path, names: list[str], config: RunConfig, initial: Floats) ->
         say("the replayed consensus is not the one that the workers hold")
     result.included = sum(len({i for part in entry.parts for i in part}) for entry in rounds)
     for e in endings:
-        ledger = balance(e, replay, rounds, config, folder)
+        ledger = balance(e, replay, rounds, folder)
         result.ledgers.append(ledger)
         result.lost += max(0, ledger["included"] - ledger["in_consensus"])
         result.doubled += max(0, ledger["in_consensus"] - ledger["included"])

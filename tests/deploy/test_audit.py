@@ -13,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 
 from loscar_core.config import FinalRound, RunConfig
-from loscar_core.plan import plan_round
+from loscar_core.plan import consolidation, plan_round
 from loscar_core.replica import checksum_of
 from loscar_deploy.audit import Audit, audit
 from loscar_deploy.books import HEADER
@@ -66,6 +66,7 @@ class Written:
         self.workers = [Worker(i, self.initial) for i in range(3)]
         self.events: list[dict[str, Any]] = []
         self.epoch = 1
+        self.dense: set[int] = set()
 
     def take(self, number: int) -> None:
         """Everybody trains, and takes a contribution to a round."""
@@ -76,7 +77,10 @@ class Written:
                 w.taken[number] = (w.live[at] - w.anchor[at]).astype(np.float32)
 
     def indices(self, number: int) -> NDArray[np.int64]:
-        return plan_round(CONFIG, DIMENSION, number, stopping=False).indices(CONFIG.seed, DIMENSION)
+        plan = plan_round(CONFIG, DIMENSION, number, stopping=False)
+        if number in self.dense:
+            plan = consolidation(plan, DIMENSION)
+        return plan.indices(CONFIG.seed, DIMENSION)
 
     def close(
         self, number: int, members: list[Worker], heard: list[Worker], *, summed: list[Worker] | None = None
@@ -91,7 +95,8 @@ class Written:
         digest = zlib.crc32(after.tobytes(), self.digest)
         parts = [[w.incarnation for w in members]]
         event = {"event": "round", "epoch": self.epoch, "round": number, "n": 3, "digest": digest}
-        self.events.append(event | {"previous": self.digest, "parts": parts})
+        kind = "consolidation" if number in self.dense else "train"
+        self.events.append(event | {"kind": kind, "previous": self.digest, "parts": parts})
         self.consensus[at] = after
         self.digest = digest
         for w in heard:
@@ -179,7 +184,9 @@ def run(tmp_path: Path) -> Written:
     return Written(tmp_path)
 
 
-def test_books_that_balance_pass(run: Written) -> None:
+@pytest.mark.parametrize("dense", [0, 2, 4])
+def test_books_that_balance_pass(run: Written, dense: int) -> None:
+    run.dense = {dense}
     run.whole()
     found = run.audited()
     assert found.failures == []
