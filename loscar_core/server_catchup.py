@@ -21,6 +21,9 @@ from loscar_core.values import require_finite
 STREAM_VALUES = 1 << 16
 """Values in one message of a catch-up: 256 KiB."""
 
+MIN_SLICE_VALUES = 1 << 12
+"""And at least: 16 KiB."""
+
 RECENT_SENT = 16
 """Committed rounds that a worker is told about, so that it can vouch for them later."""
 
@@ -32,6 +35,7 @@ def plan_catch_up(
     round_: int | None,
     recent: tuple[RoundPlan, ...] = (),
     digests: Mapping[Position, int] | None = None,
+    slice_values: int = 0,
 ) -> tuple[CatchUp, Stream | None]:
     """What a member lacks.
 
@@ -44,6 +48,7 @@ def plan_catch_up(
         digests: what the replica's digest was after its last rounds; the last round that both sides share must be
             among them, with the same digest, or the member is sent everything: two server processes that called
             themselves by the same epoch number are told apart by that. None when the replica is known to be a copy.
+        slice_values: values in one message; 0 for as many as usual.
 
     Returns:
         The announcement, and the stream that must follow it (None when nothing is missing).
@@ -74,12 +79,12 @@ def plan_catch_up(
     if plans == ():
         return announcement, None
     size = state.vector.size if indices is None else indices.size
-    return announcement, Stream(indices, size + state.statistics.size)
+    return announcement, Stream(indices, size + state.statistics.size, slice_values or STREAM_VALUES)
 
 
 def next_slice(state: Replica, stream: Stream) -> VectorChunk:
     """The next message of a stream; it holds the consensus as of the last commit that was queued before it."""
-    stop = min(stream.offset + STREAM_VALUES, stream.total)
+    stop = min(stream.offset + stream.slice_values, stream.total)
     values = state.slice_by_value(stream.indices, stream.offset, stop)
     chunk = VectorChunk(Purpose.CATCH_UP, stream.offset, stream.total, values.astype("<f4", copy=False).tobytes())
     stream.offset = stop

@@ -51,7 +51,9 @@ class Followers(RunState):
         digests: dict[Position, int] | None = None,
     ) -> None:
         assert self.replica is not None
-        announcement, stream = plan_catch_up(self.replica, self.config.seed, lineage, round_, recent, digests)
+        announcement, stream = plan_catch_up(
+            self.replica, self.config.seed, lineage, round_, recent, digests, member.slice_values
+        )
         member.stream = stream
         member.following = True
         member.ready = False

@@ -27,8 +27,11 @@ from loscar_core.server_members import Member, MemberState
 from loscar_core.server_recovery import Choice, Claim, behind, choose
 from loscar_core.server_sequence import Rounds
 from loscar_core.server_state import Phase
-from loscar_core.state import Position
+from loscar_core.state import YOUNG_S, Position
 from loscar_core.values import ValueType
+
+PROVISIONAL_S = 0.8 * YOUNG_S
+"""The longest time for which a state that no majority vouches for gives way to another one."""
 
 
 class Lifecycle(Rounds):
@@ -107,7 +110,7 @@ class Lifecycle(Rounds):
             sure: several workers, a majority, vouch for it.
         """
         self.replica = state
-        self._provisional_until = self._now + (0.0 if sure else self.limits.recover_after_s)
+        self._provisional_until = self._now + (0.0 if sure else min(self.limits.recover_after_s, PROVISIONAL_S))
         before, self.epoch = self.epoch, max(self._epochs_heard, state.position.epoch) + 1
         self._welcomed.clear()
         self._begun = config is None
@@ -194,7 +197,7 @@ class Lifecycle(Rounds):
         self._t0 = None
         self._elapsed_before = 0.0
 
-    def _gives_way(self, hello: Hello) -> bool:
+    def _is_rival(self, hello: Hello) -> bool:
         """Whether a worker holds another state than those from which the one here was chosen, and it is not too late.
 
         It is not before the first round; and for a while after it, when no majority of several workers vouched for
@@ -312,7 +315,8 @@ class Lifecycle(Rounds):
     def _remove(self, member: Member, reason: Reason, detail: str) -> None:
         """Forget a member; the open round does not wait for it any more."""
         self.members.remove(member, reason, detail, self._now)
-        if reason in (Reason.STREAM_CLOSED, Reason.LEASE_EXPIRED):
+        lost = reason in (Reason.STREAM_CLOSED, Reason.LEASE_EXPIRED)
+        if lost and (member.name in self._counted or member.name in self._counted_last):
             self._vanished.add(member.name)
         if self._claims.pop(member.peer, None) is not None and not self._holders:
             self._recovering_since = self._now  # it may come back

@@ -43,6 +43,11 @@ from loscar_core.server_recovery import Claim
 from loscar_core.server_state import Phase
 from loscar_core.state import INCARNATION_BYTES, Lineage, Position
 
+MAX_EPOCH_LEAD = 1 << 16
+"""Every server process opens one epoch: nobody is so many ahead. A false claim would leave no numbers to count on."""
+
+MOST_SAYERS = 1 << 12
+
 
 class ServerMachine(Lifecycle):
     """One run on one server process.
@@ -153,12 +158,13 @@ class ServerMachine(Lifecycle):
         self.members.check(hello, self._now)
         self._check_epoch(hello)
         self._supersede(hello)
-        if self._gives_way(hello):
+        if self._is_rival(hello):
             self._give_way()
         if self.layout is None and not hello.observer:
             self._set_layout(hello.layout)
         self._hear(hello)
         member = self.members.add(peer, hello, self._now)
+        self._said_ahead.clear()
         self._vanished.discard(member.name)
         self._last_join = self._now
         if self._checkpoint is not None and len(self.members) == 1:
@@ -213,7 +219,13 @@ class ServerMachine(Lifecycle):
         """A worker that has met a later epoch: this server is the stale one, unless others say otherwise."""
         if self.retired is not None:
             raise WrongRoundError(self.retired)
-        if self._stateless or self._gives_way(hello):
+        known, told = max(self.epoch, self._epochs_heard), max(hello.epoch, hello.position.epoch)
+        if told > known + MAX_EPOCH_LEAD:
+            raise WrongRoundError(f"{hello.name} speaks of epoch {told}, far beyond {known}, the last known here")
+        if self._stateless:
+            return
+        if self._is_rival(hello):
+            self._check_rivals(hello)
             return
         held, state, alone = hello.position, self.replica, not self.members.workers()
         if held.epoch > self.epoch:
@@ -226,10 +238,33 @@ class ServerMachine(Lifecycle):
             text = f"{hello.name} holds {held} of another server; this one is at {state.position}"
         else:
             return
-        if alone:
+        if alone and self._is_confirmed(hello):
             self.retired = text
             self._out.append(SteppedDown(text))
         raise WrongRoundError(text)
+
+    def _check_rivals(self, hello: Hello) -> None:
+        """One who holds another state does not drive away those who are here: there have to be as many of them.
+
+        Raises:
+            RefusedError: there are not; who is refused may come again.
+        """
+        since = self._now - self.limits.recover_after_s
+        self._rivals = {i: t for i, t in self._rivals.items() if t >= since} | {hello.incarnation: self._now}
+        present = len(self.members.workers())
+        if len(self._rivals) < present:
+            raise RefusedError(f"{hello.name} holds another state of this run than {present} workers here")
+        self._rivals.clear()
+
+    def _is_confirmed(self, hello: Hello) -> bool:
+        """That the run goes on elsewhere is said by a majority of the last round's members, or by one for as long as
+        a recovery waits; nobody is here meanwhile."""
+        members = set(self._counted_last)
+        if len(self._said_ahead) < MOST_SAYERS:
+            self._said_ahead.setdefault(hello.name, self._now)
+        if self._now >= self._said_ahead.get(hello.name, self._now) + self.limits.recover_after_s:
+            return True
+        return 2 * len(members & self._said_ahead.keys()) > len(members) or not members
 
     def _hear(self, hello: Hello) -> None:
         """The next epoch is above every one that anybody has heard of, and so is this one, until its first round."""

@@ -41,11 +41,13 @@ class Stream:
     Attributes:
         indices: the coordinates, or None for all.
         total: values in all, statistics included.
+        slice_values: in one message.
         offset: values already handed to the transport.
     """
 
     indices: Indices | None
     total: int
+    slice_values: int
     offset: int = 0
 
 
@@ -66,6 +68,7 @@ class Member:
         ready: it holds what it was sent and may be waited for.
         cloned: it has been given a live worker's progress, or needs none.
         stream: values that it is catching up with, if any.
+        slice_values: in a message of such a stream; fewer for who could not keep up, 0 for as many as usual.
         heard_s, joined_s: server clock.
         cycles_s: its last cycles: from a round's opening to its whole contribution.
         missed: rounds that were closed without it while it was active.
@@ -87,6 +90,7 @@ class Member:
     ready: bool = False
     cloned: bool = False
     stream: Stream | None = None
+    slice_values: int = 0
     cycles_s: deque[float] = field(default_factory=lambda: deque(maxlen=CYCLE_SAMPLES))
     missed: int = 0
     contributed: int = 0

@@ -110,15 +110,15 @@ def choose(claims: list[Claim], *, waited: bool, present: int | None = None) -> 
 
 def behind(claims: list[Claim], begun: Container[Point]) -> list[Claim]:
     """The same claims; who holds a run that was begun anew here comes behind those who hold the run that it was before,
-    as one that has closed no round, however far it has come.
+    as one that has closed no round, however far it has come. There have to be as many of these.
 
     Args:
         begun: what was closed of the run that was begun anew.
     """
     others = [c for c in claims if (c.position, c.digest) not in begun]
-    if not any(c.position.round > 0 for c in others):
-        return claims
     own = [c for c in claims if (c.position, c.digest) in begun]
+    if not 0 < len([c for c in others if c.position.round > 0]) >= len(own):
+        return claims  # fewer than those who are to come behind them do not prove anything
     return others + [replace(c, position=Position(c.position.epoch, 0), members=0, chain=(START,)) for c in own]
 
 

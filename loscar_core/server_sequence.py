@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import statistics
+
 from loscar_core.effects import RoundCommitted, Send
 from loscar_core.errors import WrongRoundError
 from loscar_core.messages import Commit, Contribution, OpenRound, SlotTaken
 from loscar_core.plan import RoundKind, RoundPlan, consolidation, end_plan, plan_round
 from loscar_core.selection import SelectionKind
+from loscar_core.server_catchup import MIN_SLICE_VALUES
 from loscar_core.server_followers import Followers
 from loscar_core.server_members import Member, MemberState
 from loscar_core.server_round import ServerRound
@@ -54,8 +57,13 @@ class Rounds(Followers):
         return plan
 
     def _may_consolidate(self, dimension: int) -> bool:
+        """A dense round takes no more than its share, and nobody so long that the round would close without it."""
         share = self.limits.consolidation_share
-        return share > 0 and share * (self._values_sent + dimension) >= dimension
+        if share == 0 or share * (self._values_sent + dimension) < dimension:
+            return False
+        stretch = dimension / self.config.count(dimension)
+        cycles = [statistics.median(m.cycles_s) for m in self.members.active() if m.cycles_s]
+        return stretch * max(cycles, default=0.0) <= self.limits.round_cap_s
 
     def _open(self, plan: RoundPlan) -> None:
         assert self.replica is not None
@@ -179,7 +187,10 @@ class Rounds(Followers):
                 member.following = False  # its outbox never empties: values instead of answers, once it does
                 member.ready = False
                 if member.stream is not None:
-                    member.sent_round = 0  # it was not even sent the whole vector: it will be, from the start
+                    # It was not even sent the whole vector: it will be, from the start, in pieces that take less of
+                    # its time, so that what is queued behind one of them is not too much.
+                    member.slice_values = max(MIN_SLICE_VALUES, member.stream.slice_values // 4)
+                    member.sent_round = 0
                     member.stream = None
                 if member.state is MemberState.ACTIVE:
                     member.state = MemberState.SUSPENDED

@@ -65,7 +65,7 @@ class RunState:
         self._epochs_heard = 0
         self._transfer: StateTransfer | None = None
         self._provisional_until = now
-        """Until then the run here gives way to workers that hold another one: see `Lifecycle._gives_way`."""
+        """Until then the run here gives way to workers that hold another one: see `Lifecycle._is_rival`."""
         self._sure = False  # several workers, a majority, vouch for the state that is being transferred
         self._considered: set[Point] = set()  # what workers held when a state was chosen
         self._begun = False  # the run here was begun by this process
@@ -77,6 +77,8 @@ class RunState:
         self._vanished: set[str] = set()  # names whose streams broke or fell silent, and that are not back
         self._counted: list[str] = []  # names of the members of the open round
         self._counted_last: list[str] = []  # and of the last committed one
+        self._rivals: dict[bytes, float] = {}  # who holds another state, and when it came
+        self._said_ahead: dict[str, float] = {}  # who knows of a later epoch, and since when, while nobody is here
         self._sent_on: set[bytes] = set()  # incarnations that were asked to look elsewhere first
         self._elapsed_before = 0.0
         self._t0: float | None = None

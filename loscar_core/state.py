@@ -76,6 +76,11 @@ class Lineage:
         return limit
 
 
+YOUNG_S = 120.0
+"""Run time for which all rounds of a server's epoch may yet be given up, when those come who hold another state of the
+run: workers can undo so much."""
+
+
 @dataclass(frozen=True, slots=True)
 class Included:
     """A member's entry in the inclusion table: the last round it is in, and a bitmap of that round's parts."""

@@ -114,7 +114,7 @@ class WorkerCatchUp(WorkerRounds):
                 if sent is not None:
                     sent = -sent if give_back else sent
                     self._out.append(Update(0, record.indices, values, values, sent, None, None, None))
-        if own.round == 0 and (early := self.ledger.give_up_early()) is not None:
+        for early in self.ledger.give_up_early(own, anchor.lineage):
             values = anchor.vector.copy()
             self._out.append(Update(0, None, values, values, -early, None, None, None))
 
@@ -134,7 +134,7 @@ class WorkerCatchUp(WorkerRounds):
                     ledger.decide(record, 0)
             ledger.records.clear()
             ledger.superseded.clear()
-            ledger.early, ledger.early_count = None, 0
+            ledger.early.clear()
             self._forget(None)
         if self.incarnation in self._roster:
             self._former_at_work = False

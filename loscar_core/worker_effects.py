@@ -58,6 +58,7 @@ class Update:
         plan: of the answered round, or None for a catch-up.
         long_absence: more rounds were missed than it takes to send every coordinate once.
         forget: what the model has beyond the new values may be in them already: the model takes them as they are.
+        whole: all parts of this worker's contribution to the round are in.
     """
 
     round: int
@@ -70,6 +71,7 @@ class Update:
     plan: RoundPlan | None
     long_absence: bool = False
     forget: bool = False
+    whole: bool = False
 
 
 @dataclass(frozen=True, slots=True)

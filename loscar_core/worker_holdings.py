@@ -84,6 +84,7 @@ class WorkerHoldings:
         self.config: RunConfig | None = None
         self.plan: RoundPlan | None = None
         self.elapsed_s = -1.0
+        self._epoch_began_s = -1.0  # run time when the first round of `epoch` was opened here
         self.initialised = False
         self.connected = False
         self.message_bytes = MESSAGE_BYTES

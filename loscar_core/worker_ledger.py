@@ -16,7 +16,7 @@ import numpy as np
 from loscar_core.messages import Contribution
 from loscar_core.plan import Part, RoundPlan
 from loscar_core.replica import Floats, Indices
-from loscar_core.state import Included, Lineage
+from loscar_core.state import YOUNG_S, Included, Lineage
 
 
 @dataclass(slots=True)
@@ -60,6 +60,21 @@ class Record:
 
 
 @dataclass(slots=True)
+class Early:
+    """The forgotten contributions to the rounds of a young server epoch: all of it may yet be given up.
+
+    Attributes:
+        began_s: run time when the epoch's first round was opened here.
+        values: their sum, d float32.
+        count: how many.
+    """
+
+    began_s: float
+    values: Floats
+    count: int = 0
+
+
+@dataclass(slots=True)
 class Ledger:
     """The records that may still matter, by round, and the count of all contributions by outcome.
 
@@ -74,9 +89,8 @@ class Ledger:
     sent: int = 0
     included: int = 0
     returned: int = 0
-    early: Floats | None = None
-    """The sum of the forgotten contributions to a young run, d float32: the whole run may yet be given up."""
-    early_count: int = 0
+    early: dict[int, Early] = field(default_factory=dict)
+    """By epoch."""
 
     @property
     def outstanding(self) -> int:
@@ -180,37 +194,56 @@ class Ledger:
                 todo.append((record, subtract, add_back))
         return todo
 
-    def forget_before(self, round_: int, young: int | None = None) -> None:
-        """Rounds before this one can no longer be abandoned one by one.
+    def forget_before(self, round_: int, *, young: bool) -> list[Record]:
+        """Rounds before this one can no longer be abandoned one by one; returns what is forgotten.
 
         Args:
-            young: d, while the whole run may still turn out to have been begun in vain; see `give_up_early`.
+            young: the newest epoch may yet be given up as a whole: then what was sent to an earlier one too may be in
+                the state that is gone back to, and is kept.
         """
-        forgotten = [r for r in self.all() if r.plan.round < round_ and r.decided]
-        self.records = {n: r for n, r in self.records.items() if n >= round_ or not r.decided}
-        self.superseded = [r for r in self.superseded if r.plan.round >= round_ or not r.decided]
-        if young is None:
-            self.early, self.early_count = None, 0
-            return
-        for record in forgotten:
-            sent = record.masked(record.subtracted)
-            if sent is not None:
-                if self.early is None:
-                    self.early = np.zeros(young, np.float32)
-                self.early[record.indices] += sent
-            self.early_count += bool(record.subtracted)
 
-    def give_up_early(self) -> Floats | None:
-        """A state has nothing of this worker's: what it is known to have forgotten is not in it either.
+        def over(record: Record) -> bool:
+            return record.plan.round < round_ and record.decided and not (young and len(record.epochs) > 1)
+
+        forgotten = [r for r in self.all() if over(r)]
+        self.records = {n: r for n, r in self.records.items() if not over(r)}
+        self.superseded = [r for r in self.superseded if not over(r)]
+        return forgotten
+
+    def forget(self, round_: int, lineage: Lineage, began_s: float, now_s: float, dimension: int) -> None:
+        """A majority has gone on from this round: those before it can no longer be abandoned one by one. While the
+        newest epoch is young, the sum of what is forgotten is kept.
+
+        Args:
+            lineage: of the state that closed those rounds.
+            began_s, now_s: run time when the newest epoch began here, and now.
+            dimension: d.
+        """
+        self.early = {epoch: e for epoch, e in self.early.items() if now_s < e.began_s + YOUNG_S}
+        young = now_s < began_s + YOUNG_S
+        forgotten = self.forget_before(round_, young=young)
+        epoch = lineage.spans[-1][0] if lineage.spans else 0
+        for record in forgotten if young else ():
+            sent = record.masked(record.subtracted)
+            if sent is None or lineage.epoch_of(record.plan.round) != epoch:
+                continue
+            early = self.early.setdefault(epoch, Early(began_s, np.zeros(dimension, np.float32)))
+            early.values[record.indices] += sent
+            early.count += 1
+
+    def give_up_early(self, own: Included, lineage: Lineage) -> list[Floats]:
+        """Which of the sums are not in a state that was caught up with: those of epochs that it does not go back to;
+        all, where it has nothing of this worker's.
 
         Returns:
-            What is to be added back, d float32, or None.
+            What is to be added back, d float32 each.
         """
-        early = self.early
-        self.included -= self.early_count
-        self.returned += self.early_count
-        self.early, self.early_count = None, 0
-        return early
+        kept = {epoch for epoch, _ in lineage.spans} if own.round > 0 else set()
+        given_up = [self.early.pop(epoch) for epoch in self.early.keys() - kept]
+        for early in given_up:
+            self.included -= early.count
+            self.returned += early.count
+        return [early.values for early in given_up]
 
     def _count(self, mask: int, by: int) -> None:
         if mask:

@@ -19,10 +19,6 @@ from loscar_core.worker_effects import Emit, RoundOpen, RunEnded, Update, Worker
 from loscar_core.worker_holdings import CatchingUp, Receiving, WorkerHoldings
 from loscar_core.worker_ledger import Record
 
-YOUNG_S = 120.0
-"""Run time for which a run may yet be given up, when those come who hold the run that it was before; a server does so
-for `recover_after_s`, half as long unless told otherwise."""
-
 
 class WorkerRounds(WorkerHoldings):
     """The open round, from its announcement to its commit."""
@@ -34,6 +30,8 @@ class WorkerRounds(WorkerHoldings):
             raise MalformedError(f"round {plan.round} is opened on top of {state.position}")
         if self.welcome is not None:
             # Not before: a server may have opened an epoch and never get a majority to go on with.
+            if self.welcome.epoch > self.epoch:
+                self._epoch_began_s = elapsed_s
             self.epoch = max(self.epoch, self.welcome.epoch)
         self.plan = plan
         self.elapsed_s = elapsed_s
@@ -225,15 +223,18 @@ class WorkerRounds(WorkerHoldings):
             self.ledger.decide(record, mask, self.epoch)
             sent = record.masked(mask)
         if 2 * self._included_in(receiving) > commit.members:
-            young = self.elapsed_s < YOUNG_S
-            self.ledger.forget_before(plan.round, anchor.vector.size if young else None)
+            dimension = anchor.vector.size
+            self.ledger.forget(plan.round, anchor.lineage, self._epoch_began_s, self.elapsed_s, dimension)
         settles = plan.round if record is not None else None
-        self._out.append(Update(plan.round, _all_or(plan, indices), old, new, sent, statistics, settles, plan))
+        complete = mask == (1 << len(receiving.parts)) - 1
+        whole = complete and record is not None
+        update = Update(plan.round, _all_or(plan, indices), old, new, sent, statistics, settles, plan, whole=whole)
+        self._out.append(update)
         if self._former_at_work:
             self._former_at_work = False
             if record is None and mask:
                 self._forget(indices)
-        if mask != (1 << len(receiving.parts)) - 1 and not self.observer:
+        if not complete and not self.observer:
             self._out.append(Emit(Ready(anchor.position)))  # it may have been given up on: wait for it again
 
     def _forget(self, indices: Indices | None) -> None:

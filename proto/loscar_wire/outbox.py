@@ -65,6 +65,7 @@ class Outbox:
     def __init__(self) -> None:
         self._urgent: deque[bytes] = deque()
         self._data: deque[tuple[int | None, bytes]] = deque()
+        self._bulk: deque[bytes] = deque()
         self._wake = asyncio.Event()
         self.queued_bytes = 0
         self.busy_since: float | None = None
@@ -73,14 +74,22 @@ class Outbox:
         self.closing = False
         self.error: LoscarError | None = None
 
-    def put(self, payload: bytes, *, urgent: bool = False, round_: int | None = None) -> None:
-        """Queue a message; `round_` says what it is worth nothing without, see `discard`."""
+    def put(self, payload: bytes, *, urgent: bool = False, round_: int | None = None, bulk: bool = False) -> None:
+        """Queue a message.
+
+        Args:
+            urgent: it overtakes everything that is not.
+            round_: what it is worth nothing without, see `discard`.
+            bulk: everything that is not overtakes it.
+        """
         if self.closing:
             return
         if urgent:
             if len(self._urgent) == MAX_URGENT:
                 self.queued_bytes -= len(self._urgent.popleft())
             self._urgent.append(payload)
+        elif bulk:
+            self._bulk.append(payload)
         else:
             self._data.append((round_, payload))
         self.queued_bytes += len(payload)
@@ -95,16 +104,24 @@ class Outbox:
             self._data = kept
 
     def close(self, error: LoscarError | None) -> None:
-        """Nothing more will be queued. An error ends the stream at once, otherwise what is queued goes first."""
+        """Nothing more will be queued. An error ends the stream at once, otherwise what is queued goes first, apart
+        from what is bulk."""
         if self.closing:
             return
         self.closing = True
         self.error = error
+        self.queued_bytes -= sum(map(len, self._bulk))
+        self._bulk.clear()
         if error is not None:
             self._urgent.clear()
             self._data.clear()
             self.queued_bytes = 0
         self._wake.set()
+
+    def _next(self) -> bytes:
+        if self._urgent:
+            return self._urgent.popleft()
+        return self._data.popleft()[1] if self._data else self._bulk.popleft()
 
     async def write_all(
         self, write: Callable[[bytes], Awaitable[Any]], written: Callable[[int], None], drained: Callable[[], None]
@@ -117,15 +134,15 @@ class Outbox:
             drained: called whenever the outbox has become empty.
         """
         while True:
-            if self._urgent or self._data:
-                payload = self._urgent.popleft() if self._urgent else self._data.popleft()[1]
+            if self._urgent or self._data or self._bulk:
+                payload = self._next()
                 started = self.busy_since = time.monotonic()
                 await write(payload)
                 self.busy_since = None
                 self.rate.note(len(payload), time.monotonic() - started)
                 self.queued_bytes -= len(payload)
                 written(len(payload))
-                if not self._urgent and not self._data and not self.closing:
+                if not self._urgent and not self._data and not self._bulk and not self.closing:
                     drained()
             elif self.closing:
                 return

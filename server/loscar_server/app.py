@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import hashlib
 import logging
+import math
 import os
 import re
 import signal
@@ -130,6 +131,7 @@ class ServerProcess:
         self._saving: asyncio.Task[None] | None = None
         self._writing: asyncio.Future[Path] | None = None
         self._saved: Position | None = None
+        self._saved_at = -math.inf
         self._worth_saving = asyncio.Event()
         self._server: grpc.aio.Server | None = None
         self._ticking: asyncio.Task[None] | None = None
@@ -173,7 +175,11 @@ class ServerProcess:
         if self._events is not None:
             self._events.note(effect, self.service.machine.epoch)
         match effect:
-            case fx.RoundCommitted(plan=RoundPlan(kind=RoundKind.CONSOLIDATION)) | fx.RunFinished() | fx.SteppedDown():
+            case fx.RoundCommitted(plan=RoundPlan(kind=RoundKind.CONSOLIDATION)):
+                # Not each of them where they are frequent: the newest few checkpoints should not all be of one moment.
+                if time.monotonic() >= self._saved_at + self._options.checkpoint_every_s / 2:
+                    self._worth_saving.set()
+            case fx.RunFinished() | fx.SteppedDown():
                 self._worth_saving.set()
             case _:
                 pass
@@ -240,7 +246,7 @@ class ServerProcess:
             reason = error.strerror if isinstance(error, OSError) else repr(error)
             log.error("no checkpoint could be written: %s; the run goes on, the previous ones are untouched", reason)
             return
-        self._saved = state.replica.position
+        self._saved, self._saved_at = state.replica.position, time.monotonic()
         log.debug("checkpoint %s", path)
 
     def _tick_ended(self, task: asyncio.Task[None]) -> None:

@@ -187,3 +187,32 @@ def test_a_stream_that_is_given_up_is_begun_again_from_the_start(monkeypatch: py
     run.check()
     run.run()
     run.check_end()
+
+
+@pytest.mark.parametrize("bytes_a_round", [14_000, 40_000, 400_000])
+def test_a_newcomer_on_a_slow_link_gets_in(bytes_a_round: int) -> None:
+    """A usual message of the catch-up would keep its link busy for up to twenty rounds, each of which adds 8 kB."""
+    desk = Desk(dimension=200_000, config={"density": 0.01, "selection": SelectionKind.SWEEP}).start(1, 2)
+    for peer in (1, 2):
+        desk.contribute(peer)
+    desk.hello(3, "late")
+    read, budget = 0, 0
+    while not desk.member(3).following or desk.member(3).stream is not None or read < len(desk.sent[3]):
+        for peer in (1, 2):
+            desk.contribute(peer)
+        for peer in (1, 2):
+            desk.drained(peer)
+        assert desk.round < 1000, "it does not get in"
+        budget += bytes_a_round
+        while read < len(desk.sent[3]):
+            size = len(getattr(desk.sent[3][read], "values", b""))
+            if size > budget:
+                break
+            read, budget = read + 1, budget - size
+            if read == len(desk.sent[3]):
+                budget = 0
+                desk.drained(3)
+    desk.ready(3)
+    for peer in (1, 2):
+        desk.contribute(peer)
+    assert desk.member(3).state is MemberState.ACTIVE

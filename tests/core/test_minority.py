@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from cluster import Cluster
 from desk import Desk
@@ -98,3 +99,44 @@ def test_those_who_leave_politely_are_not_looked_for() -> None:
     desk.contribute(1)
     assert 1 not in desk.closed
     assert desk.round == 3
+
+
+@pytest.mark.parametrize("rounds", [8, 60])
+def test_what_a_minority_did_alone_goes_into_the_state_that_turns_up(rounds: int) -> None:
+    """One of three went on from a round before the last one; when the others are back, none of what it contributed is
+    lost, however much it had forgotten by then, and none counts twice."""
+    limits = ServerLimits(lease_s=1e6, round_cap_s=1e6, recover_after_s=30.0, start_grace_s=0.5)
+    run = Cluster(3, RunConfig(seed=5, rounds=None, density=1.0, local_steps=1), limits=limits)
+    for worker in run.workers:
+        worker.engine.other_servers = False
+    run.connect_all()
+    run.run(until=lambda: all(w.merged_round >= 5 for w in run.workers))
+    alone, *others = run.workers
+    alone.link = 0.0
+    run.run(until=lambda: all(w.engine.anchor.position > alone.engine.anchor.position for w in others))
+    run.kill_server()
+    run.start_server()
+    alone.link = 1.0
+    run.connect(alone)
+    for seconds in (31.0, 1.0, 40.0):
+        run.tick(seconds)
+        run.drain(alone)
+    assert run.machine.epoch == 2
+    while alone.engine.anchor.position.round < rounds:
+        for act in (run.deliver_up, run.deliver_down, run.train, run.hand_over):
+            act(alone)
+        run.pass_time(0.001)
+    for _ in range(20):
+        for worker in run.workers:
+            if worker.stream is None:
+                run.connect(worker)
+        run.drain()
+        run.tick(1.0)
+    state = run.machine.replica
+    assert state is not None
+    assert state.lineage.spans == ((1, 1),)
+    assert alone.engine.ledger.returned >= rounds - 7
+    while alone.updates:
+        alone.merge()
+    run.check_worker(alone)
+    assert float(np.abs(alone.live - alone.engine.anchor.vector).max()) > 1.0

@@ -297,6 +297,16 @@ def test_a_worker_that_still_waits_for_others_leaves_at_once(processes: Processe
     assert server.wait() == 0
 
 
+def test_a_worker_is_told_that_the_run_was_ended_before_it_began(processes: Processes) -> None:
+    server = processes.server("--workers", "2", "--linger", "0s")
+    waiting = worker(processes, server.address, "--name", "alone")
+    wait_until(lambda: [m.name for m in status_of(server.address).members] == ["alone"], "it has joined")
+    server.signal(signal.SIGTERM)
+    assert waiting.wait() == 130
+    assert "the run was ended before it began" in waiting.err
+    assert server.wait() == 0
+
+
 # --- a server that comes back -------------------------------------------------------------------------------
 
 

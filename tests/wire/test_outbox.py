@@ -110,6 +110,29 @@ def test_heartbeats_that_nobody_takes_do_not_pile_up() -> None:
     assert held == [8 * MAX_URGENT + 4]
 
 
+def test_everything_overtakes_what_is_bulk() -> None:
+    def fill(outbox: Outbox) -> None:
+        for number in range(3):
+            outbox.put(b"bulk %d" % number, bulk=True)
+        outbox.put(b"data")
+        outbox.put(b"beat", urgent=True)
+
+    async def run() -> list[bytes]:
+        outbox, out, empty = Outbox(), [], asyncio.Event()
+
+        async def write(payload: bytes) -> None:
+            out.append(payload)
+
+        fill(outbox)
+        writing = asyncio.create_task(outbox.write_all(write, lambda _: None, empty.set))
+        await asyncio.wait_for(empty.wait(), 5)
+        writing.cancel()
+        return out
+
+    assert asyncio.run(run()) == [b"beat", b"data", b"bulk 0", b"bulk 1", b"bulk 2"]
+    assert _written(fill) == [b"beat", b"data"], "who leaves does not wait for it"
+
+
 def test_a_write_says_since_when_it_is_under_way() -> None:
     async def run() -> None:
         outbox, taken = Outbox(), asyncio.Event()

@@ -208,9 +208,11 @@ def run_worker(options: WorkerOptions) -> int:
                 saver.save()
             _train(session, task, model, optimizer, batches, timer, stopper, saver)
             if not session.finished:
-                if options.parting_s > 0 and not session.part(options.parting_s):
-                    log.info("left after %g s with progress that has not gone out", options.parting_s)
                 saver.save()
+                if options.parting_s > 0:
+                    if not session.part(options.parting_s):
+                        log.info("left after %g s with progress that has not gone out", options.parting_s)
+                    saver.save()
         if options.save_model is not None:
             save_live_model(options.save_model, session)
         if options.result is not None:

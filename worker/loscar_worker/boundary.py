@@ -322,9 +322,11 @@ class TrainingHalf:
             self._view.load_statistics(update.statistics)
         own = update.settles is not None
         if own and self._unsent is not None and self._parting is not None:
-            if ready.sent is not None:
+            if update.whole:
                 self._unsent[self._parting] = False
             self._parting = None
+        if self._unsent is not None and plan is None and update.sent is not None:  # something was given back
+            self._unsent[slice(None) if update.indices is None else update.indices] = True
         self._in_final_round = self._in_final_round and not own
         self._cycle.merged(own=own, now=self._clock())
         if plan is not None:

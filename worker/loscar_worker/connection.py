@@ -19,6 +19,7 @@ import grpc
 from loscar_core.errors import (
     AuthenticationError,
     ConnectError,
+    InterruptedRunError,
     LoscarError,
     RefusedError,
     ReplicaDivergedError,
@@ -29,8 +30,19 @@ from loscar_core.errors import (
     WrongRoundError,
     WrongRunError,
 )
-from loscar_core.messages import Contribution, Goodbye, Heartbeat, Leave, Reason, StopRun, WorkerMessage, WorkerReport
-from loscar_core.worker_effects import Dismissed, Emit, RoundTrip, Update, WorkerEffect
+from loscar_core.messages import (
+    Contribution,
+    Goodbye,
+    Heartbeat,
+    Leave,
+    Purpose,
+    Reason,
+    StopRun,
+    VectorChunk,
+    WorkerMessage,
+    WorkerReport,
+)
+from loscar_core.worker_effects import Dismissed, Emit, RoundTrip, RunEnded, Update, WorkerEffect
 from loscar_core.worker_engine import WorkerEngine
 from loscar_core.worker_holdings import MESSAGE_BYTES
 from loscar_wire.mapping import decode_server_message, encode_worker_message
@@ -98,6 +110,7 @@ class Connection:
         self._outbox: Outbox | None = None
         self._leaving: asyncio.Event = asyncio.Event()
         self._joined = False
+        self._run_ended = False
         self._said_waiting = False
         self._said_lost: type[LoscarError] | None = None
         self._welcomes = 0
@@ -110,6 +123,9 @@ class Connection:
             match effect:
                 case Emit(message):
                     self._send(message)
+                case RunEnded():
+                    self._run_ended = True
+                    self._on_effect(effect)
                 case RoundTrip(stamp_ns):
                     self.round_trip_s = (time.monotonic_ns() - stamp_ns) / 1e9
                 case Update(round=round_) if round_ > 0:
@@ -137,8 +153,10 @@ class Connection:
     def _send(self, message: WorkerMessage) -> None:
         if self._outbox is not None:
             round_ = message.round if isinstance(message, Contribution) else None
+            # What a newcomer gets must not hold up this worker's own contributions.
+            bulk = isinstance(message, VectorChunk) and message.purpose is Purpose.PROGRESS
             payload = encode_worker_message(message)
-            self._outbox.put(payload, urgent=isinstance(message, Heartbeat), round_=round_)
+            self._outbox.put(payload, urgent=isinstance(message, Heartbeat), round_=round_, bulk=bulk)
 
     # --- the loop -------------------------------------------------------------------------------------------
 
@@ -314,6 +332,8 @@ class Connection:
             raise ConnectError(goodbye.detail or goodbye.reason.value)
         if goodbye.reason is Reason.SUPERSEDED:
             raise SupersededError(goodbye.detail)
+        if goodbye.reason is Reason.FINISHED and not self._run_ended:
+            raise InterruptedRunError(f"the run was ended before it began: {goodbye.detail}")
 
     async def _write(self, call: Any, outbox: Outbox) -> None:
         def adapt() -> None:
