@@ -64,6 +64,20 @@ OTHER_SERVERS = "other-servers"
 
 
 @dataclass(frozen=True, slots=True)
+class Partial:
+    """What a worker has of a whole state whose transfer was interrupted.
+
+    Attributes:
+        position, digest: of that state, with the rounds that were committed meanwhile.
+        filled: how many parameters, from the first on.
+    """
+
+    position: Position
+    digest: int
+    filled: int
+
+
+@dataclass(frozen=True, slots=True)
 class Hello:
     """First message of every stream.
 
@@ -83,6 +97,7 @@ class Hello:
         lineage: which epochs closed the rounds below `position`.
         recent: the last rounds that it committed, oldest first.
         capabilities: optional features; so far only `OTHER_SERVERS`.
+        partial: of a state that was being sent to it when the last stream broke.
     """
 
     protocol_version: int
@@ -100,6 +115,7 @@ class Hello:
     lineage: Lineage = Lineage()
     recent: tuple[HistoryEntry, ...] = ()
     capabilities: tuple[str, ...] = ()
+    partial: Partial | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,6 +313,8 @@ class CatchUp:
         inclusion: the whole inclusion table as of `position`.
         recent: the server's last committed rounds, oldest first.
         members: n of the last of them.
+        resume: with full: so many values of an interrupted transfer are kept, from the first on, apart from those that
+            `plans` selected, which come first; 0: all of them follow.
     """
 
     position: Position
@@ -308,6 +326,7 @@ class CatchUp:
     inclusion: dict[bytes, Included]
     recent: tuple[HistoryEntry, ...]
     members: int
+    resume: int = 0
 
 
 @dataclass(frozen=True, slots=True)

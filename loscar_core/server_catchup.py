@@ -7,11 +7,12 @@ the union of the missed selections from the seeds, and the server streams the co
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 
 from loscar_core.errors import MalformedError, RefusedError
-from loscar_core.messages import CatchUp, Purpose, StateOffer, VectorChunk
+from loscar_core.messages import CatchUp, Partial, Purpose, StateOffer, VectorChunk
 from loscar_core.plan import RoundPlan, missed_coordinates
 from loscar_core.replica import Floats, Replica
 from loscar_core.server_members import Stream
@@ -80,6 +81,31 @@ def plan_catch_up(
         return announcement, None
     size = state.vector.size if indices is None else indices.size
     return announcement, Stream(indices, size + state.statistics.size, slice_values or STREAM_VALUES)
+
+
+def resume(
+    state: Replica, seed: int, announcement: CatchUp, stream: Stream, partial: Partial
+) -> tuple[CatchUp, Stream, Stream | None]:
+    """Let a member keep what it has of a whole state, when what has changed of that since is few.
+
+    Args:
+        announcement, stream: of a whole state.
+        partial: what it has, as it says or as this server has sent it.
+
+    Returns:
+        The announcement; the stream, from where it was interrupted; and what must come before it in one go.
+    """
+    dimension = state.vector.size
+    if not 0 < partial.filled <= dimension or state.digest_at(partial.position) != partial.digest:
+        return announcement, stream, None
+    newer = state.history.since(partial.position.round, state.position.round)
+    indices = missed_coordinates(seed, dimension, newer)
+    if newer is None or indices is None:
+        return announcement, stream, None
+    patch = indices[indices < partial.filled]
+    kept = replace(announcement, plans=newer, resume=partial.filled)
+    rest = replace(stream, offset=partial.filled)
+    return kept, rest, Stream(patch, patch.size, stream.slice_values) if patch.size else None
 
 
 def next_slice(state: Replica, stream: Stream) -> VectorChunk:

@@ -8,7 +8,7 @@ from loscar_core.effects import Notice
 from loscar_core.errors import MalformedError, WrongRoundError
 from loscar_core.messages import OpenRound, Purpose, SendState, VectorChunk
 from loscar_core.plan import RoundPlan, end_plan
-from loscar_core.server_catchup import next_slice, plan_catch_up
+from loscar_core.server_catchup import next_slice, plan_catch_up, resume
 from loscar_core.server_members import Member
 from loscar_core.server_state import Phase, RunState
 from loscar_core.state import Lineage, Position
@@ -54,12 +54,18 @@ class Followers(RunState):
         announcement, stream = plan_catch_up(
             self.replica, self.config.seed, lineage, round_, recent, digests, member.slice_values
         )
+        patch, partial = None, member.partial
+        if announcement.full and stream is not None and partial is not None:
+            announcement, stream, patch = resume(self.replica, self.config.seed, announcement, stream, partial)
+        member.partial = None
         member.stream = stream
         member.following = True
         member.ready = False
         member.behind = 0
         member.sent_round = self.replica.position.round
         self._send(member, announcement)
+        while patch is not None and patch.offset < patch.total:
+            self._send(member, next_slice(self.replica, patch))
         if stream is not None and stream.indices is not None:
             while member.stream is not None:
                 self._stream_on(member)  # a partial catch-up leaves no room for a commit in between

@@ -43,7 +43,7 @@ from loscar_core.server_recovery import Claim
 from loscar_core.server_state import Phase
 from loscar_core.state import INCARNATION_BYTES, Lineage, Position
 
-MAX_EPOCH_LEAD = 1 << 16
+MAX_EPOCH_LEAD = 1 << 32
 """Every server process opens one epoch: nobody is so many ahead. A false claim would leave no numbers to count on."""
 
 MOST_SAYERS = 1 << 12

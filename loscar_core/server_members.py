@@ -16,7 +16,7 @@ from enum import StrEnum
 
 from loscar_core.config import ServerLimits
 from loscar_core.errors import ConfigError, RefusedError, SupersededError
-from loscar_core.messages import Hello, Reason, WorkerReport
+from loscar_core.messages import Hello, Partial, Reason, WorkerReport
 from loscar_core.replica import Indices
 
 DEADLINE_FLOOR_S = 10.0
@@ -68,6 +68,7 @@ class Member:
         ready: it holds what it was sent and may be waited for.
         cloned: it has been given a live worker's progress, or needs none.
         stream: values that it is catching up with, if any.
+        partial: what it has of a whole state whose stream was interrupted.
         slice_values: in a message of such a stream; fewer for who could not keep up, 0 for as many as usual.
         heard_s, joined_s: server clock.
         cycles_s: its last cycles: from a round's opening to its whole contribution.
@@ -91,6 +92,7 @@ class Member:
     cloned: bool = False
     stream: Stream | None = None
     slice_values: int = 0
+    partial: Partial | None = None
     cycles_s: deque[float] = field(default_factory=lambda: deque(maxlen=CYCLE_SAMPLES))
     missed: int = 0
     contributed: int = 0
@@ -194,7 +196,7 @@ class MemberTable:
             self._expire(now)
             slot = self._slot_for(hello)
             self._reserved.pop(slot, None)
-        member = Member(peer, hello, slot, heard_s=now, joined_s=now)
+        member = Member(peer, hello, slot, heard_s=now, joined_s=now, partial=hello.partial)
         self.by_peer[peer] = member
         self._most = max(self._most, len(self.by_peer))
         return member

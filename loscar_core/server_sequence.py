@@ -6,7 +6,7 @@ import statistics
 
 from loscar_core.effects import RoundCommitted, Send
 from loscar_core.errors import WrongRoundError
-from loscar_core.messages import Commit, Contribution, OpenRound, SlotTaken
+from loscar_core.messages import Commit, Contribution, OpenRound, Partial, SlotTaken
 from loscar_core.plan import RoundKind, RoundPlan, consolidation, end_plan, plan_round
 from loscar_core.selection import SelectionKind
 from loscar_core.server_catchup import MIN_SLICE_VALUES
@@ -187,9 +187,11 @@ class Rounds(Followers):
                 member.following = False  # its outbox never empties: values instead of answers, once it does
                 member.ready = False
                 if member.stream is not None:
-                    # It was not even sent the whole vector: it will be, from the start, in pieces that take less of
-                    # its time, so that what is queued behind one of them is not too much.
+                    # It was not even sent the whole vector: it will be, in pieces that take less of its time, so that
+                    # what is queued behind one of them is not too much.
                     member.slice_values = max(MIN_SLICE_VALUES, member.stream.slice_values // 4)
+                    filled = min(member.stream.offset, state.vector.size)
+                    member.partial = Partial(state.position, digest, filled)
                     member.sent_round = 0
                     member.stream = None
                 if member.state is MemberState.ACTIVE:

@@ -6,7 +6,7 @@ import numpy as np
 
 from loscar_core.config import RunConfig
 from loscar_core.errors import MalformedError
-from loscar_core.messages import CatchUp, Purpose, Ready, StateOffer, VectorChunk
+from loscar_core.messages import CatchUp, Partial, Purpose, Ready, StateOffer, VectorChunk
 from loscar_core.plan import RoundKind, missed_coordinates
 from loscar_core.replica import Floats, Indices
 from loscar_core.server_catchup import RECENT_SENT, STREAM_VALUES
@@ -20,11 +20,38 @@ from loscar_core.worker_rounds import WorkerRounds
 class WorkerCatchUp(WorkerRounds):
     """Vectors that arrive, vectors that are asked for, and what of this worker's own is in a new state."""
 
+    def _interrupt(self) -> None:
+        """What is being caught up with goes no further: what is there of a whole state is kept, to resume."""
+        state, self._catching_up = self._catching_up, None
+        if state is not None and state.indices is None and state.filled and state.patch is None:
+            self._interrupted = state
+
+    def _partial(self) -> Partial | None:
+        state = self._interrupted
+        if state is None:
+            return None
+        filled = min(state.filled, self.anchor.vector.size)
+        return Partial(state.announcement.position, state.announcement.digest, filled)
+
+    def _resume(self, message: CatchUp) -> None:
+        before, dimension = self._interrupted, self.anchor.vector.size
+        indices = missed_coordinates(self._configured().seed, dimension, message.plans)
+        if not message.full or before is None or message.resume > min(before.filled, dimension) or indices is None:
+            raise MalformedError(f"{message.resume} values are to be kept of a transfer that was not interrupted there")
+        patch = indices[indices < message.resume]
+        self._interrupted = None
+        self._catching_up = CatchingUp(message, None, before.values, message.resume, patch if patch.size else None)
+
     def _catch_up(self, message: CatchUp) -> None:
         config = self._configured()
+        self._interrupt()
         self._receiving = None
         self.plan = None
         self._refreshing = False
+        if message.resume:
+            self._resume(message)
+            return
+        self._interrupted = None
         dimension = self.anchor.vector.size
         indices = None if message.full else missed_coordinates(config.seed, dimension, message.plans)
         if indices is None and not message.full:
@@ -41,9 +68,14 @@ class WorkerCatchUp(WorkerRounds):
             self._progress_chunk(chunk)
             return
         state = self._catching_up
-        if state is None or chunk.purpose is not Purpose.CATCH_UP or chunk.total != state.values.size:
+        if state is None or chunk.purpose is not Purpose.CATCH_UP:
             raise MalformedError("values that were not announced")
+        if chunk.total != (state.values.size if state.patch is None else state.patch.size):
+            raise MalformedError(f"values of {chunk.total} that were not announced")
         values = _floats(chunk)
+        if state.patch is not None:
+            self._patch(state, chunk, values)
+            return
         if chunk.offset != state.filled or values.size > state.values.size - state.filled:
             raise MalformedError(f"catch-up values at {chunk.offset}; {state.filled} was next")
         require_finite(values, "the catch-up")
@@ -51,6 +83,16 @@ class WorkerCatchUp(WorkerRounds):
         state.filled += values.size
         if state.filled == state.values.size:
             self._caught_up()
+
+    def _patch(self, state: CatchingUp, chunk: VectorChunk, values: Floats) -> None:
+        assert state.patch is not None
+        if chunk.offset != state.patched or values.size > state.patch.size - state.patched:
+            raise MalformedError(f"catch-up values at {chunk.offset} of a patch; {state.patched} was next")
+        require_finite(values, "the catch-up")
+        state.values[state.patch[state.patched : state.patched + values.size]] = values
+        state.patched += values.size
+        if state.patched == state.patch.size:
+            state.patch = None
 
     def _caught_up(self) -> None:
         """The values are whole: move the anchor, settle the ledger, tell the model and the server."""

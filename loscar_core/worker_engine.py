@@ -53,7 +53,7 @@ class WorkerEngine(WorkerCatchUp):
         self.connected = True
         self.plan = None
         self._receiving = None
-        self._catching_up = None
+        self._interrupt()
         self._progress = None
         anchor = self.anchor
         return Hello(
@@ -72,6 +72,7 @@ class WorkerEngine(WorkerCatchUp):
             lineage=anchor.lineage,
             recent=anchor.history.last(RECENT_SENT),
             capabilities=(OTHER_SERVERS,) if self.other_servers else (),
+            partial=self._partial(),
         )
 
     def disconnected(self) -> None:
@@ -80,7 +81,7 @@ class WorkerEngine(WorkerCatchUp):
         self.plan = None
         self._refreshing = False
         self._receiving = None
-        self._catching_up = None
+        self._interrupt()
         self._progress = None
 
     def heartbeat(self, stamp_ns: int, report: WorkerReport) -> Heartbeat:

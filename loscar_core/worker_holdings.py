@@ -47,6 +47,8 @@ class CatchingUp:
     indices: Indices | None
     values: Floats
     filled: int = 0
+    patch: Indices | None = None  # of a transfer that is resumed: what has changed of the values that are there
+    patched: int = 0
 
 
 class WorkerHoldings:
@@ -95,6 +97,7 @@ class WorkerHoldings:
         self._opening = 0
         self._receiving: Receiving | None = None
         self._catching_up: CatchingUp | None = None
+        self._interrupted: CatchingUp | None = None
         self._diverged = False  # the last commit that could be compared left the chain
         self._refreshing = False  # nothing counts before the refresh that was asked for
         self._former_at_work = False  # the open round, or one that was missed, may be a former one's

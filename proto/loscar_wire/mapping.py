@@ -103,6 +103,7 @@ def _to_worker_pb(message: m.WorkerMessage) -> pb.WorkerMessage:
                     lineage=lineage_to_pb(message.lineage),
                     recent=recent_to_pb(message.recent),
                     capabilities=message.capabilities,
+                    partial=None if message.partial is None else _partial_to_pb(message.partial),
                 )
             )
         case m.VectorChunk():
@@ -171,7 +172,16 @@ def _hello(h: pb.Hello) -> m.Hello:
         lineage=lineage_from_pb(h.lineage),
         recent=recent_from_pb(h.recent),
         capabilities=_capabilities(h.capabilities),
+        partial=_partial(h.partial) if h.HasField("partial") else None,
     )
+
+
+def _partial_to_pb(p: m.Partial) -> pb.Partial:
+    return pb.Partial(position=position_to_pb(p.position), digest=p.digest, filled=p.filled)
+
+
+def _partial(p: pb.Partial) -> m.Partial:
+    return m.Partial(position_from_pb(p.position), p.digest, at_most(p.filled, "a number of values:"))
 
 
 def _capabilities(names: Sequence[str]) -> tuple[str, ...]:
@@ -273,6 +283,7 @@ def _to_server_pb(message: m.ServerMessage) -> pb.ServerMessage:
                     inclusion=inclusion_to_pb(message.inclusion),
                     recent=recent_to_pb(message.recent),
                     members=message.members,
+                    resume=message.resume,
                 )
             )
         case m.OpenRound():
@@ -329,6 +340,7 @@ def _catch_up(c: pb.CatchUp) -> m.CatchUp:
         inclusion=inclusion_from_pb(c.inclusion),
         recent=recent_from_pb(c.recent),
         members=at_most(c.members, "a number of members:"),
+        resume=at_most(c.resume, "a number of values:"),
     )
 
 

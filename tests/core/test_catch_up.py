@@ -6,13 +6,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from chaos import Chaos
 from cluster import Cluster, cluster_of
 from desk import Desk
 
 from loscar_core import plan as plan_module
-from loscar_core import server_catchup
+from loscar_core import server_catchup, server_followers, server_sequence
 from loscar_core.config import RunConfig, ServerLimits
-from loscar_core.messages import CatchUp, Commit
+from loscar_core.messages import CatchUp, Commit, VectorChunk
 from loscar_core.selection import SelectionKind
 from loscar_core.server_members import MemberState
 
@@ -216,3 +217,87 @@ def test_a_newcomer_on_a_slow_link_gets_in(bytes_a_round: int) -> None:
     for peer in (1, 2):
         desk.contribute(peer)
     assert desk.member(3).state is MemberState.ACTIVE
+
+
+def streamed(run: Cluster, name: str) -> list[VectorChunk | CatchUp]:
+    """Everything of catch-ups that a worker was sent on its present stream and has not read."""
+    worker = next(w for w in run.workers if w.name == name)
+    assert worker.stream is not None
+    queued = [*worker.stream.wire, *worker.stream.outbox]
+    return [m for m in queued if isinstance(m, (CatchUp, VectorChunk))]
+
+
+@pytest.mark.parametrize("statistics", [0, 3])
+@pytest.mark.parametrize("chunks", [1, 3, 7])
+def test_an_interrupted_catch_up_goes_on_where_it_was(
+    chunks: int, statistics: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rounds are closed before the break and after it: what they changed of the values that are there comes first."""
+    monkeypatch.setattr(server_catchup, "STREAM_VALUES", 5)
+    run = Cluster(
+        2,
+        RunConfig(seed=3, density=0.1, local_steps=1, overlap_steps=1, rounds=200, selection=SelectionKind.RANDOM),
+        dimension=40,
+        statistics=statistics,
+        limits=ServerLimits(workers=1, lease_s=1e6, round_cap_s=1e6, start_grace_s=0.5),
+    )
+    regular, joiner = run.workers
+    run.connect(regular)
+    run.run(until=lambda: regular.merged_round >= 3)
+
+    def rounds(count: int) -> None:
+        goal = regular.merged_round + count
+        while regular.merged_round < goal:
+            for act in (run.deliver_up, run.deliver_down, run.train, run.hand_over):
+                act(regular)
+            run.pass_time(0.001)
+
+    def read(count: int) -> None:
+        while count:
+            run.transmit(joiner)
+            assert joiner.stream is not None
+            count -= isinstance(joiner.stream.wire[0], VectorChunk)
+            run.deliver_down(joiner)
+
+    run.connect(joiner)
+    run.deliver_up(joiner)
+    read(chunks)
+    rounds(2)
+    run.cut(joiner)
+    rounds(2)
+    run.connect(joiner)
+    run.deliver_up(joiner)
+    announced, *values = streamed(run, "w1")
+    assert isinstance(announced, CatchUp)
+    assert announced.full
+    assert announced.resume >= 5 * chunks
+    assert len(announced.plans) in (2, 3, 4)
+    offsets = [v.offset for v in values if isinstance(v, VectorChunk) and v.total == 40 + statistics]
+    assert offsets[0] == announced.resume
+    run.drain(joiner)
+    assert joiner.engine.anchor.position == run.machine.replica.position  # type: ignore[union-attr]
+    np.testing.assert_array_equal(joiner.engine.anchor.vector, run.machine.replica.vector)  # type: ignore[union-attr]
+    run.check()
+    run.run()
+    run.check_end()
+
+
+@pytest.mark.parametrize("kill", [0.0, 0.001])
+def test_interrupted_catch_ups_in_random_schedules(kill: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Streams of many small messages, that break or fall behind at any of them, while rounds go on and servers die."""
+    monkeypatch.setattr(server_catchup, "STREAM_VALUES", 4)
+    monkeypatch.setattr(server_sequence, "MIN_SLICE_VALUES", 2)
+    chaos = Chaos(cut=0.01, cuts=30, kill=kill, joiners=3, backlog=3, density=(0.05, 0.1), rounds=20)
+    resumed = 0
+    plain = server_followers.resume
+
+    def counted(*args: Any) -> Any:
+        nonlocal resumed
+        found = plain(*args)
+        resumed += found[0].resume > 0
+        return found
+
+    monkeypatch.setattr(server_followers, "resume", counted)
+    for seed in range(12):
+        chaos.run(seed)
+    assert resumed >= 5

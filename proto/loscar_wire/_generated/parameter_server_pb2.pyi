@@ -217,7 +217,7 @@ class RunConfig(_message.Message):
     def __init__(self, seed: _Optional[int] = ..., density: _Optional[float] = ..., coordinates: _Optional[int] = ..., selection: _Optional[_Union[Selection, str]] = ..., value_type: _Optional[_Union[ValueType, str]] = ..., merge: _Optional[str] = ..., local_steps: _Optional[int] = ..., sync_interval_s: _Optional[float] = ..., overlap_steps: _Optional[int] = ..., rounds: _Optional[int] = ..., duration_s: _Optional[float] = ..., max_steps: _Optional[int] = ..., final_round: _Optional[str] = ..., evaluate_every: _Optional[int] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("protocol_version", "run_id", "name", "incarnation", "slot", "observer", "layout", "vector_checksum", "epoch", "members", "position", "digest", "lineage", "recent", "capabilities", "weight")
+    __slots__ = ("protocol_version", "run_id", "name", "incarnation", "slot", "observer", "layout", "vector_checksum", "epoch", "members", "position", "digest", "lineage", "recent", "capabilities", "weight", "partial")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
@@ -234,6 +234,7 @@ class Hello(_message.Message):
     RECENT_FIELD_NUMBER: _ClassVar[int]
     CAPABILITIES_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    PARTIAL_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     run_id: bytes
     name: str
@@ -250,7 +251,18 @@ class Hello(_message.Message):
     recent: _containers.RepeatedCompositeFieldContainer[CommittedRound]
     capabilities: _containers.RepeatedScalarFieldContainer[str]
     weight: float
-    def __init__(self, protocol_version: _Optional[int] = ..., run_id: _Optional[bytes] = ..., name: _Optional[str] = ..., incarnation: _Optional[bytes] = ..., slot: _Optional[int] = ..., observer: bool = ..., layout: _Optional[_Union[Layout, _Mapping]] = ..., vector_checksum: _Optional[int] = ..., epoch: _Optional[int] = ..., members: _Optional[int] = ..., position: _Optional[_Union[Position, _Mapping]] = ..., digest: _Optional[int] = ..., lineage: _Optional[_Iterable[_Union[Span, _Mapping]]] = ..., recent: _Optional[_Iterable[_Union[CommittedRound, _Mapping]]] = ..., capabilities: _Optional[_Iterable[str]] = ..., weight: _Optional[float] = ...) -> None: ...
+    partial: Partial
+    def __init__(self, protocol_version: _Optional[int] = ..., run_id: _Optional[bytes] = ..., name: _Optional[str] = ..., incarnation: _Optional[bytes] = ..., slot: _Optional[int] = ..., observer: bool = ..., layout: _Optional[_Union[Layout, _Mapping]] = ..., vector_checksum: _Optional[int] = ..., epoch: _Optional[int] = ..., members: _Optional[int] = ..., position: _Optional[_Union[Position, _Mapping]] = ..., digest: _Optional[int] = ..., lineage: _Optional[_Iterable[_Union[Span, _Mapping]]] = ..., recent: _Optional[_Iterable[_Union[CommittedRound, _Mapping]]] = ..., capabilities: _Optional[_Iterable[str]] = ..., weight: _Optional[float] = ..., partial: _Optional[_Union[Partial, _Mapping]] = ...) -> None: ...
+
+class Partial(_message.Message):
+    __slots__ = ("position", "digest", "filled")
+    POSITION_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    FILLED_FIELD_NUMBER: _ClassVar[int]
+    position: Position
+    digest: int
+    filled: int
+    def __init__(self, position: _Optional[_Union[Position, _Mapping]] = ..., digest: _Optional[int] = ..., filled: _Optional[int] = ...) -> None: ...
 
 class Contribution(_message.Message):
     __slots__ = ("epoch", "round", "part", "offset", "values", "checksum", "local_steps", "overlap_steps", "indices", "base", "index_coding")
@@ -405,7 +417,7 @@ class SendState(_message.Message):
     def __init__(self, purpose: _Optional[_Union[Purpose, str]] = ...) -> None: ...
 
 class CatchUp(_message.Message):
-    __slots__ = ("position", "digest", "lineage", "base_round", "plans", "full", "inclusion", "recent", "members")
+    __slots__ = ("position", "digest", "lineage", "base_round", "plans", "full", "inclusion", "recent", "members", "resume")
     POSITION_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     LINEAGE_FIELD_NUMBER: _ClassVar[int]
@@ -415,6 +427,7 @@ class CatchUp(_message.Message):
     INCLUSION_FIELD_NUMBER: _ClassVar[int]
     RECENT_FIELD_NUMBER: _ClassVar[int]
     MEMBERS_FIELD_NUMBER: _ClassVar[int]
+    RESUME_FIELD_NUMBER: _ClassVar[int]
     position: Position
     digest: int
     lineage: _containers.RepeatedCompositeFieldContainer[Span]
@@ -424,7 +437,8 @@ class CatchUp(_message.Message):
     inclusion: _containers.RepeatedCompositeFieldContainer[Inclusion]
     recent: _containers.RepeatedCompositeFieldContainer[CommittedRound]
     members: int
-    def __init__(self, position: _Optional[_Union[Position, _Mapping]] = ..., digest: _Optional[int] = ..., lineage: _Optional[_Iterable[_Union[Span, _Mapping]]] = ..., base_round: _Optional[int] = ..., plans: _Optional[_Iterable[_Union[Plan, _Mapping]]] = ..., full: bool = ..., inclusion: _Optional[_Iterable[_Union[Inclusion, _Mapping]]] = ..., recent: _Optional[_Iterable[_Union[CommittedRound, _Mapping]]] = ..., members: _Optional[int] = ...) -> None: ...
+    resume: int
+    def __init__(self, position: _Optional[_Union[Position, _Mapping]] = ..., digest: _Optional[int] = ..., lineage: _Optional[_Iterable[_Union[Span, _Mapping]]] = ..., base_round: _Optional[int] = ..., plans: _Optional[_Iterable[_Union[Plan, _Mapping]]] = ..., full: bool = ..., inclusion: _Optional[_Iterable[_Union[Inclusion, _Mapping]]] = ..., recent: _Optional[_Iterable[_Union[CommittedRound, _Mapping]]] = ..., members: _Optional[int] = ..., resume: _Optional[int] = ...) -> None: ...
 
 class OpenRound(_message.Message):
     __slots__ = ("plan", "elapsed_s")
