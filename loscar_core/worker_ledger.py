@@ -65,11 +65,13 @@ class Early:
 
     Attributes:
         began_s: run time when the epoch's first round was opened here.
+        first: the first of those rounds.
         values: their sum, d float32.
         count: how many.
     """
 
     began_s: float
+    first: int
     values: Floats
     count: int = 0
 
@@ -227,19 +229,22 @@ class Ledger:
             sent = record.masked(record.subtracted)
             if sent is None or lineage.epoch_of(record.plan.round) != epoch:
                 continue
-            early = self.early.setdefault(epoch, Early(began_s, np.zeros(dimension, np.float32)))
+            if epoch not in self.early:
+                self.early[epoch] = Early(began_s, record.plan.round, np.zeros(dimension, np.float32))
+            early = self.early[epoch]
             early.values[record.indices] += sent
             early.count += 1
 
     def give_up_early(self, own: Included, lineage: Lineage) -> list[Floats]:
-        """Which of the sums are not in a state that was caught up with: those of epochs that it does not go back to;
-        all, where it has nothing of this worker's.
+        """Which of the sums are not in a state that was caught up with: those of epochs that it does not go back to,
+        and those of which it has nothing (two servers may have called themselves by the same epoch).
 
         Returns:
             What is to be added back, d float32 each.
         """
-        kept = {epoch for epoch, _ in lineage.spans} if own.round > 0 else set()
-        given_up = [self.early.pop(epoch) for epoch in self.early.keys() - kept]
+        known = {epoch for epoch, _ in lineage.spans}
+        missing = [epoch for epoch, e in self.early.items() if epoch not in known or own.round < e.first]
+        given_up = [self.early.pop(epoch) for epoch in missing]
         for early in given_up:
             self.included -= early.count
             self.returned += early.count
