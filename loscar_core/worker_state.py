@@ -76,6 +76,13 @@ def _record_values(record: Record) -> dict[str, Any]:
     }
 
 
+def resumed_as(values: dict[str, Any], incarnation: bytes) -> dict[str, Any]:
+    """The same state, noting who resumes from it. To be saved before that process joins: should it die before it has
+    saved a state of its own, what it did in the meantime is known to be of the same worker."""
+    former = [values["resumed_as"]] if "resumed_as" in values else []
+    return {**values, "formers": [*values["formers"], *former], "resumed_as": incarnation.hex()}
+
+
 def import_worker(engine: WorkerEngine, values: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> None:
     """Give a new engine, of an incarnation of its own, the state of a saved one; its layout must be the same.
 
@@ -93,6 +100,8 @@ def import_worker(engine: WorkerEngine, values: dict[str, Any], arrays: dict[str
         if engine.run_id and engine.run_id != saved.run_id:
             raise WrongRunError(f"the saved state is of run {saved.run_id.hex()}, not {engine.run_id.hex()}")
         engine.name = values["name"]
+        if "resumed_as" in values:
+            engine.incarnation = bytes.fromhex(values["resumed_as"])
         incarnations = [*values["formers"], values["incarnation"]]
         engine.formers = tuple(bytes.fromhex(i) for i in incarnations[-FORMERS_KEPT:])
         engine._former_at_work = True

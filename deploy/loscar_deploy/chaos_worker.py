@@ -22,6 +22,7 @@ from loscar_deploy.books import BookedSession, close_books, keep_books
 from loscar_deploy.children import exit_with_parent
 from loscar_worker.app import Stopper
 from loscar_worker.session import join
+from loscar_worker.state_file import note_resumption
 from loscar_worker.tasks.base import ArrayDataset, Task
 from loscar_worker.tasks.models import mlp
 from loscar_worker.tasks.partition import Batches, partition
@@ -67,7 +68,11 @@ class Saver:
         self._saved_at = time.monotonic()
 
     def save_if_due(self) -> None:
-        if self._path is None or time.monotonic() - self._saved_at < self._every_s:
+        if time.monotonic() - self._saved_at >= self._every_s:
+            self.save()
+
+    def save(self) -> None:
+        if self._path is None:
             return
         session = self._session
         state = session.state_dict()
@@ -120,6 +125,11 @@ def run(args: argparse.Namespace) -> None:
     task = SavedDigits(args.folder / DATA)
     model = task.make_model(args.seed)
     saved = torch.load(args.state, weights_only=True) if args.state is not None and args.state.exists() else None
+    if saved is not None:
+        before = json.loads(saved["session"]["worker"])
+        if "resumed_as" in before:  # a life that was killed before it could save, or contribute anything new
+            saved["lives"].append((f"{args.name}.{before['resumed_as']}.0.sent", 0))
+        saved = note_resumption(args.state, saved)
     keep_books(args.folder)
     session = join(
         args.server,
@@ -147,15 +157,10 @@ def run(args: argparse.Namespace) -> None:
         session.lives = [(file, count) for file, count in saved["lives"]]
         session.given_up += saved["given_up"]
     with session:
-        _train(
-            session,
-            task,
-            model,
-            batches,
-            args.step_time,
-            Saver(args.state, args.state_every, session, batches),
-            stopper,
-        )
+        saver = Saver(args.state, args.state_every, session, batches)
+        if saved is not None:
+            saver.save()
+        _train(session, task, model, batches, args.step_time, saver, stopper)
     close_books(session, args.folder)
 
 

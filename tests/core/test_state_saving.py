@@ -25,7 +25,7 @@ from loscar_core.selection import SelectionKind
 from loscar_core.values import ValueType
 from loscar_core.worker_cycle import Cycle
 from loscar_core.worker_engine import WorkerEngine
-from loscar_core.worker_state import export_worker, import_worker
+from loscar_core.worker_state import export_worker, import_worker, resumed_as
 
 Saved = tuple[dict[str, Any], dict[str, NDArray[Any]]]
 
@@ -381,3 +381,19 @@ def test_coming_back_to_a_server_that_has_forgotten_everything() -> None:
     assert heir.engine.anchor.lineage.epoch_of(position.round) == position.epoch
     assert heir.engine.anchor.position.epoch == position.epoch + 1
     np.testing.assert_allclose(counted(cluster, dead, heir), at_save + heir.progress, atol=1e-2)
+
+
+def test_every_process_that_resumed_from_a_state_is_known_to_the_next_one() -> None:
+    """Also one that was killed before it had saved a state of its own."""
+    cluster = cluster_of(2)
+    cluster.run(until=lambda: at(cluster, 3))
+    worker = cluster.workers[0]
+    values, arrays = export_worker(worker.engine)
+    saved = values
+    second, third = fresh(worker), fresh(worker)
+    for engine, number in ((second, 2), (third, 3)):
+        saved = json.loads(json.dumps(resumed_as(saved, bytes([number]) * 16)))
+        import_worker(engine, saved, arrays)
+        assert engine.incarnation == bytes([number]) * 16
+    assert second.formers == (worker.engine.incarnation,)
+    assert set(third.formers) == {worker.engine.incarnation, second.incarnation}

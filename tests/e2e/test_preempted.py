@@ -20,7 +20,7 @@ from steady_task import STEP, Steady, checksum
 
 import loscar_worker as loscar
 from loscar_core.errors import ConfigError, WrongModelError, WrongRunError
-from loscar_worker.app import StateSaver, _load_state
+from loscar_worker.state_file import StateSaver, load_state
 from loscar_worker.tasks import load_task
 from loscar_worker.tasks.partition import Batches, partition
 
@@ -142,7 +142,7 @@ def test_a_worker_that_is_killed_comes_back_and_no_step_counts_twice(
     worker.signal(signal.SIGKILL)
     worker.wait()
     shutil.copy(kept, life.state)  # as if the last saves had not come
-    saved = _load_state(kept)
+    saved = load_state(kept)
     assert saved is not None
     done = len(life.steps)
     assert done > saved["session"]["steps"]
@@ -151,7 +151,7 @@ def test_a_worker_that_is_killed_comes_back_and_no_step_counts_twice(
     life.wait_for_steps(done + 20)
     second.signal(signal.SIGKILL)
     second.wait()
-    again = _load_state(life.state)
+    again = load_state(life.state)
     assert again is not None
     assert again["session"]["steps"] == saved["session"]["steps"]
     assert len(json.loads(again["session"]["worker"])["formers"]) == 1, "what it came back from is not used again"
@@ -185,14 +185,14 @@ def test_a_damaged_or_foreign_state_is_refused_with_a_reason(processes: Processe
     with loscar.join(listen, model, name="w") as session:
         StateSaver(path, 60.0, session, optimizer, batches).save()
     assert not list(tmp_path.glob("*.part"))
-    data, whole = path.read_bytes(), _load_state(path)
+    data, whole = path.read_bytes(), load_state(path)
     assert whole is not None
     rng = random.Random(0)
 
     def refused(content: bytes) -> bool:
         path.write_bytes(content)
         try:
-            found = _load_state(path)
+            found = load_state(path)
         except ConfigError as error:
             return "is no worker's state, or damaged: without it, a new worker joins" in str(error)
         assert same(found, whole)

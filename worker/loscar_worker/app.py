@@ -8,7 +8,6 @@ import os
 import signal
 import statistics
 import time
-import zipfile
 from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -22,6 +21,7 @@ from loscar_core.errors import ConfigError, InterruptedRunError, ServerLostError
 from loscar_worker.boundary import TrainingHalf
 from loscar_worker.evaluation import EvaluationWriter, LiveVector
 from loscar_worker.session import RoundRecord, Session, join
+from loscar_worker.state_file import StateSaver, load_state, note_resumption
 from loscar_worker.tasks import Task, load_task
 from loscar_worker.tasks.partition import Batches, partition
 
@@ -196,9 +196,13 @@ def run_worker(options: WorkerOptions) -> int:
     timer = StepTimer(options.step_time_s, options.slowdown)
     rounds = open(options.rounds_log, "w", encoding="utf-8") if options.rounds_log else None  # noqa: SIM115
     try:
-        saved = _load_state(options.state)
-        if saved is not None:
+        saved = load_state(options.state)
+        if saved is not None and options.state is not None:
             _load_optimizer(options, optimizer, saved)
+            try:
+                saved = note_resumption(options.state, saved)
+            except (LookupError, TypeError, ValueError):
+                raise ConfigError(f"--state {options.state} is no worker's state") from None
         session = stopper.join(lambda: _join(options, model, rounds, saved))
         with session:
             batches = _batches(options, task, session, saved)
@@ -240,65 +244,6 @@ def _check_outputs(options: WorkerOptions) -> None:
             raise ConfigError(f"{option} {path} cannot be written: there is no folder {path.parent}")
         if not os.access(path.parent, os.W_OK):
             raise ConfigError(f"{option} {path} cannot be written: the folder is read-only for this user")
-
-
-class StateSaver:
-    """Writes a worker's state now and then, whole or not at all."""
-
-    def __init__(
-        self,
-        path: Path | None,
-        every_s: float,
-        session: Session,
-        optimizer: torch.optim.Optimizer,
-        batches: Batches,
-    ) -> None:
-        self._path = path
-        self._every_s = every_s
-        self._session = session
-        self._optimizer = optimizer
-        self._batches = batches
-        self._saved_at = time.monotonic()
-
-    def save_if_due(self) -> None:
-        if self._path is not None and time.monotonic() - self._saved_at >= self._every_s:
-            self.save()
-
-    def save(self) -> None:
-        """Save now; between two steps only."""
-        if self._path is None:
-            return
-        state = {
-            "session": self._session.state_dict(),
-            "optimizer": self._optimizer.state_dict(),
-            "batches": self._batches.state_dict(),
-        }
-        part = self._path.with_suffix(self._path.suffix + ".part")
-        try:
-            with part.open("wb") as file:
-                torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(self._path)
-        except (OSError, RuntimeError) as error:  # torch's own writer raises the latter
-            log.error("--state %s cannot be written: %s; what was saved before is untouched", self._path, error)
-        self._saved_at = time.monotonic()
-
-
-def _load_state(path: Path | None) -> dict[str, Any] | None:
-    """Raises ConfigError for a file that is no worker's state."""
-    if path is None or not path.exists():
-        return None
-    try:
-        with zipfile.ZipFile(path) as file:  # torch itself does not look at the checksums that it writes
-            state: object = None if file.testzip() else torch.load(path, weights_only=True)
-    except OSError as error:
-        raise ConfigError(f"--state {path} cannot be read: {error.strerror or error}") from None
-    except Exception:  # torch raises whatever comes, index errors too, for a file that is not one of its own
-        state = None
-    if isinstance(state, dict) and {"session", "optimizer", "batches"} <= state.keys():
-        return state
-    raise ConfigError(f"--state {path} is no worker's state, or damaged: without it, a new worker joins")
 
 
 def _load_optimizer(options: WorkerOptions, optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
