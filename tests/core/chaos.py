@@ -117,7 +117,7 @@ class _Schedule:
             n, config, dimension=chaos.dimension, statistics=pick(chaos.statistics), seed=seed, limits=limits
         )
         self.cluster.late_snapshots = chaos.late_snapshots
-        self.cluster.retried = (RefusedError,)
+        self.cluster.retried = (WrongRoundError, RefusedError)  # who has lost its way tries again, or elsewhere
         for i in range(chaos.observers):
             self.cluster.add_worker(f"o{i}", observer=True)
         if chaos.slow:
@@ -136,7 +136,6 @@ class _Schedule:
         self.patience: dict[SimWorker, float] = {}
         if chaos.standby:
             self.addresses.append(self.cluster.add_standby())
-            self.cluster.retried = (WrongRoundError, RefusedError)  # who has lost its way tries the next address
 
     def run(self) -> Cluster:
         cluster = self.cluster
