@@ -7,7 +7,7 @@ PROTO_TOOLS := grpcio-tools==1.72.1
 PROTO_VENV := .venv-proto
 GENERATED := proto/loscar_wire/_generated
 
-.PHONY: run test bench chaos fuzz soak claims lint types proto clean
+.PHONY: run test bench chaos fuzz schedules soak claims lint types proto clean
 
 run: $(VENV)/worker.stamp
 	$(BIN)/loscar run $(ARGS)
@@ -30,6 +30,10 @@ chaos: $(VENV)/worker.stamp
 # A million conversations with the server; guided by coverage where atheris has a wheel for this Python.
 fuzz: $(VENV)/fuzz.stamp
 	$(BIN)/python tests/fuzz --out benchmarks/results/fuzz.json $(ARGS)
+
+# Far more random schedules of the state machines than the suite runs.
+schedules: $(VENV)/dev.stamp
+	PYTHONPATH=tests/core:tests/support $(BIN)/python benchmarks/schedules.py $(ARGS)
 
 # A hundred thousand rounds with workers that come and go; half an hour on a machine that does nothing else.
 soak: $(VENV)/worker.stamp
