@@ -33,7 +33,7 @@ fuzz: $(VENV)/fuzz.stamp
 
 # Far more random schedules of the state machines than the suite runs.
 schedules: $(VENV)/dev.stamp
-	PYTHONPATH=tests/core:tests/support $(BIN)/python benchmarks/schedules.py $(ARGS)
+	PYTHONPATH=tests/core:tests/support:benchmarks $(BIN)/python -P benchmarks/schedules.py $(ARGS)
 
 # A hundred thousand rounds with workers that come and go; half an hour on a machine that does nothing else.
 soak: $(VENV)/worker.stamp

@@ -119,12 +119,13 @@ class InclusionTable:
             for part, bitmap in enumerate(bitmaps):
                 for slot in bits(bitmap):
                     masks[slot] = masks.get(slot, 0) | (1 << part)
+            shared = {mask: Included(round_, mask) for mask in set(masks.values())}
             for slot, mask in masks.items():
                 incarnation = roster[slot] if slot < len(roster) else None
                 if incarnation is not None:
                     # Re-inserted at the end, so that the first entries are the longest absent.
                     self._entries.pop(incarnation, None)
-                    self._entries[incarnation] = Included(round_, mask)
+                    self._entries[incarnation] = shared[mask]
         self._pending.clear()
         while len(self._entries) > MAX_TABLE_ENTRIES:
             del self._entries[next(iter(self._entries))]
