@@ -171,7 +171,7 @@ def work(args: argparse.Namespace) -> int:
             progress.peak = max(progress.peak, resident_bytes())
             if progress.inputs <= args.runs // 10:
                 progress.peak_early = progress.peak
-            if progress.inputs in (args.runs // 10, args.runs):
+            if progress.inputs % max(1, args.runs // 10) == 0:
                 select.cache_clear()
                 gc.collect()
                 progress.blocks = sys.getallocatedblocks()
