@@ -22,7 +22,7 @@ from loscar_deploy.link import LinkFarm
 from loscar_deploy.link_spec import LinkSpec
 from loscar_deploy.model_file import load_model, save_model
 from loscar_deploy.options import RUN_OPTIONS
-from loscar_deploy.run_folder import RunFolder
+from loscar_deploy.run_folder import RunFolder, settings_of
 from loscar_deploy.table import Progress
 from loscar_wire._generated import parameter_server_pb2 as pb
 from loscar_wire.transport import ClientSecurity, parse_address
@@ -293,14 +293,7 @@ class LocalRun:
         return {
             "task": plan.args.task,
             "method": plan.args.method,
-            "merge": config.merge.value,
-            "workers": plan.workers,
-            "density": config.density,
-            "selection": config.selection.value,
-            "overlap_steps": config.overlap_steps if config.overlap_steps is not None else "auto",
-            "local_steps": config.local_steps if config.local_steps is not None else "auto",
-            "wire_dtype": config.value_type.value,
-            "seed": config.seed,
+            **settings_of(config, plan.workers),
             "epoch": last.epoch,
             "first_round": last.first_round,
             "rounds": last.round - (1 if dense and last.round else 0),

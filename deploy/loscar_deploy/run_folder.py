@@ -12,6 +12,7 @@ from typing import Any
 
 import tomli_w
 
+from loscar_core.config import RunConfig
 from loscar_core.errors import ConfigError
 from loscar_wire._generated import parameter_server_pb2 as pb
 
@@ -123,6 +124,20 @@ class RunFolder:
         }
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+
+
+def settings_of(config: RunConfig, workers: int) -> dict[str, Any]:
+    """What a summary says of a run's settings."""
+    return {
+        "merge": config.merge.value,
+        "workers": workers,
+        "density": config.density,
+        "selection": config.selection.value,
+        "overlap_steps": config.overlap_steps if config.overlap_steps is not None else "auto",
+        "local_steps": config.local_steps if config.local_steps is not None else "auto",
+        "wire_dtype": config.value_type.value,
+        "seed": config.seed,
+    }
 
 
 def _fresh() -> Path:

@@ -11,6 +11,7 @@ from loscar_core.layout import Layout
 from loscar_core.replica import Floats
 from loscar_core.state import Position
 from loscar_deploy.link_spec import LinkSpec
+from loscar_deploy.run_folder import settings_of
 from loscar_worker.model import ModelView
 from loscar_worker.tasks import Task
 
@@ -116,14 +117,7 @@ def summary_of(plan: SimulationPlan, result: SimulationResult) -> dict[str, Any]
     return {
         "task": task.name,
         "method": "loscar",
-        "merge": config.merge.value,
-        "workers": plan.workers,
-        "density": config.density,
-        "selection": config.selection.value,
-        "overlap_steps": config.overlap_steps if config.overlap_steps is not None else "auto",
-        "local_steps": config.local_steps if config.local_steps is not None else "auto",
-        "wire_dtype": config.value_type.value,
-        "seed": config.seed,
+        **settings_of(config, plan.workers),
         "epoch": 1,
         "first_round": 1,
         "rounds": result.rounds - (1 if config.final_round.value == "dense" and result.rounds else 0),
