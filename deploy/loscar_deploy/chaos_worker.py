@@ -22,7 +22,7 @@ from loscar_deploy.books import BookedSession, close_books, keep_books
 from loscar_deploy.children import exit_with_parent
 from loscar_worker.app import Stopper
 from loscar_worker.session import join
-from loscar_worker.state_file import note_resumption
+from loscar_worker.state_file import note_resumption, write_state
 from loscar_worker.tasks.base import ArrayDataset, Task
 from loscar_worker.tasks.models import mlp
 from loscar_worker.tasks.partition import Batches, partition
@@ -78,7 +78,6 @@ class Saver:
         state = session.state_dict()
         sent = json.loads(state["worker"])["counts"][0]
         books = {name: torch.from_numpy(getattr(session, name)) for name in ("walked", "given", "forgone")}
-        part = self._path.with_suffix(".part")
         saved = {
             "session": state,
             "batches": self._batches.state_dict(),
@@ -86,8 +85,7 @@ class Saver:
             "lives": session.all_lives(sent),
             "given_up": session.given_up,
         }
-        torch.save(saved, part)
-        part.replace(self._path)
+        write_state(self._path, saved)
         self._saved_at = time.monotonic()
 
 
