@@ -21,7 +21,6 @@ same tenth are within 20 %; the result says which. The server's CPU time for eac
 from __future__ import annotations
 
 import asyncio
-import functools
 import json
 import logging
 import os
@@ -37,7 +36,6 @@ import psutil
 import uvloop
 from _soak_echo import Echo
 
-from loscar_core import plan
 from loscar_core.errors import LoscarError
 from loscar_core.layout import Layout, Segment
 from loscar_core.messages import Reason, WorkerReport
@@ -335,8 +333,6 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
-    # The workers here are one process: they need not each compute what all of them select.
-    plan.select = functools.lru_cache(maxsize=8)(plan.select)
     soak = Soak(arguments.rounds, arguments.seed)
     uvloop.run(soak.run())
     result = soak.result()

@@ -346,6 +346,13 @@ class SlotTaken:
 
 
 @dataclass(frozen=True, slots=True)
+class RosterChange:
+    """All slots that changed hands since the round before; sent ahead of the round that opens."""
+
+    slots: tuple[SlotTaken, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Answer:
     """A slice of one part's average Δ̂ (or of the statistics' mean).
 
@@ -406,5 +413,5 @@ class Goodbye:
 
 
 ServerMessage = (
-    Welcome | SendState | CatchUp | OpenRound | SlotTaken | Answer | Commit | HeartbeatReply | Goodbye | VectorChunk
+    Welcome | SendState | CatchUp | OpenRound | RosterChange | Answer | Commit | HeartbeatReply | Goodbye | VectorChunk
 )

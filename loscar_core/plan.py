@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from enum import IntEnum
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,8 +71,12 @@ class RoundPlan:
     value_type: ValueType
 
     def indices(self, seed: int, dimension: int) -> NDArray[np.int64]:
-        """The selected coordinates, ascending; K int64."""
-        return select(self.selection, seed, self.round, dimension, self.count)
+        """The selected coordinates, ascending; K int64.
+
+        Shared by all who ask for the same ones, and not to be changed: a process that plays many workers would
+        otherwise make the same selection for each of them.
+        """
+        return _last_selection(self.selection, seed, self.round, dimension, self.count)
 
     def size(self, seed: int, dimension: int) -> int:
         """Exactly how many coordinates `indices` returns (a sweep's slices and last blocks differ a little)."""
@@ -80,6 +85,9 @@ class RoundPlan:
     def checksum(self, seed: int, dimension: int) -> int:
         """32 bits that two sides share only when they select the same coordinates."""
         return selection_checksum(self.selection, seed, self.round, dimension, self.count)
+
+
+_last_selection = lru_cache(maxsize=1)(select)
 
 
 def plan_round(config: RunConfig, dimension: int, round_: int, *, stopping: bool) -> RoundPlan:

@@ -126,7 +126,7 @@ class ServerMachine(Lifecycle):
         """When `tick` is due next, on the server clock; None when nothing is pending."""
         times = [self.members.next_lease_end()]
         if self.phase is Phase.RUNNING:
-            times += [t for t in self._deadlines() if t > self._now]
+            times.append(self._next_deadline())
         elif self.phase in (Phase.WAITING, Phase.READYING) and len(self.members):
             waits = (self._start_grace_s(), max(self.limits.start_grace_s, self.limits.lease_s))
             times += [t for t in (self._last_join + wait for wait in waits) if t > self._now]
@@ -340,6 +340,7 @@ class ServerMachine(Lifecycle):
         current = self.round
         if current is not None and current.slots.get(member.slot) == member.incarnation:
             member.state = MemberState.ACTIVE  # back within the round that it belonged to
+            self._deadline = None
         if self.phase is Phase.READYING:
             self._try_start()
         else:

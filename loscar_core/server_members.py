@@ -71,7 +71,7 @@ class Member:
         partial: what it has of a whole state whose stream was interrupted.
         slice_values: in a message of such a stream; fewer for who could not keep up, 0 for as many as usual.
         heard_s, joined_s: server clock.
-        cycles_s: its last cycles: from a round's opening to its whole contribution.
+        cycle_s: median of its last cycles, from a round's opening to its whole contribution; 0 when there were none.
         missed: rounds that were closed without it while it was active.
         report: its last figures.
         round_trip_s: not known to the machine; the transport may fill it in.
@@ -93,7 +93,8 @@ class Member:
     stream: Stream | None = None
     slice_values: int = 0
     partial: Partial | None = None
-    cycles_s: deque[float] = field(default_factory=lambda: deque(maxlen=CYCLE_SAMPLES))
+    cycle_s: float = 0.0
+    _cycles_s: deque[float] = field(default_factory=lambda: deque(maxlen=CYCLE_SAMPLES))
     missed: int = 0
     contributed: int = 0
     local_steps: int = 0
@@ -112,15 +113,20 @@ class Member:
     def observer(self) -> bool:
         return self.hello.observer
 
+    def note_cycle(self, seconds: float) -> None:
+        """A cycle of its is over, or has lasted so long already."""
+        self._cycles_s.append(seconds)
+        self.cycle_s = statistics.median(self._cycles_s)
+
     def deadline_s(self, limits: ServerLimits, stretch: float = 1.0) -> float:
         """How long after its opening this member can hold a round up.
 
         Args:
             stretch: how many times as large as usual the round is; 1 for smaller ones.
         """
-        if len(self.cycles_s) < 3:
+        if len(self._cycles_s) < 3:
             return limits.round_cap_s
-        own = limits.deadline_cycles * statistics.median(self.cycles_s) * max(1.0, stretch)
+        own = limits.deadline_cycles * self.cycle_s * max(1.0, stretch)
         return min(limits.round_cap_s, max(DEADLINE_FLOOR_S, own))
 
 

@@ -112,12 +112,20 @@ class ServerRound:
         """A slot's contribution is in for every part."""
         return all(slot in s.received for s in self._sums)
 
+    def whole(self) -> set[int]:
+        """The slots whose contribution is in for every part."""
+        return set.intersection(*(set(s.received) for s in self._sums))
+
     def open_parts(self) -> list[int]:
         return [i for i, s in enumerate(self._sums) if s.answer is None]
 
-    def contributors(self, part: int) -> list[int]:
-        """Slots whose contribution to a part is whole, ascending."""
-        return sorted(self._sums[part].received)
+    def has(self, slot: int, part: int) -> bool:
+        """A slot's contribution to a part is whole."""
+        return slot in self._sums[part].received
+
+    def contributors(self, part: int) -> set[int]:
+        """Slots whose contribution to a part is whole."""
+        return set(self._sums[part].received)
 
     def bitmaps(self) -> list[bytes]:
         """Per part the slots in its sum, for the inclusion table."""

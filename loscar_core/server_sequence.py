@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import statistics
+import math
 
 from loscar_core.effects import RoundCommitted, Send
 from loscar_core.errors import WrongRoundError
-from loscar_core.messages import Commit, Contribution, OpenRound, Partial, SlotTaken
+from loscar_core.messages import Commit, Contribution, OpenRound, Partial, RosterChange, SlotTaken
 from loscar_core.plan import RoundKind, RoundPlan, consolidation, end_plan, plan_round
 from loscar_core.selection import SelectionKind
 from loscar_core.server_catchup import MIN_SLICE_VALUES
@@ -37,7 +37,7 @@ class Rounds(Followers):
             member.local_steps, member.overlap_steps = message.local_steps, message.overlap_steps
         if current.add(member.slot, message):
             if current.contributed(member.slot):
-                member.cycles_s.append(self._now - self._round_opened)
+                member.note_cycle(self._now - self._round_opened)
                 member.contributed += 1
             self._advance(message.part)
 
@@ -62,8 +62,8 @@ class Rounds(Followers):
         if share == 0 or share * (self._values_sent + dimension) < dimension:
             return False
         stretch = dimension / self.config.count(dimension)
-        cycles = [statistics.median(m.cycles_s) for m in self.members.active() if m.cycles_s]
-        return stretch * max(cycles, default=0.0) <= self.limits.round_cap_s
+        slowest_s = max((m.cycle_s for m in self.members.active()), default=0.0)
+        return stretch * slowest_s <= self.limits.round_cap_s
 
     def _open(self, plan: RoundPlan) -> None:
         assert self.replica is not None
@@ -75,8 +75,9 @@ class Rounds(Followers):
             self.roster = list(self.roster)
             for slot, incarnation in self._slot_changes.items():
                 self.roster[slot] = incarnation
-                # To everybody: who is not following now will be, and is not told the roster again then.
-                self._out.append(Send(tuple(self.members.by_peer), SlotTaken(slot, incarnation)))
+            # To everybody: who is not following now will be, and is not told the roster again then.
+            change = RosterChange(tuple(SlotTaken(*taken) for taken in self._slot_changes.items()))
+            self._out.append(Send(tuple(self.members.by_peer), change))
             self._slot_changes = {}
         for member in self._available():
             member.state = MemberState.ACTIVE
@@ -87,6 +88,7 @@ class Rounds(Followers):
         )
         self._round_opened = self._now
         self._stretch = plan.count / self.config.count(self.replica.vector.size)
+        self._deadline = self._awaited = None
 
     def _announce(self, plan: RoundPlan) -> None:
         peers = tuple(m.peer for m in self.members.by_peer.values() if m.following)
@@ -102,14 +104,33 @@ class Rounds(Followers):
         slots = self.round.slots
         return [m for m in self.members.active() if slots.get(m.slot) == m.incarnation]
 
-    def _deadlines(self) -> list[float]:
+    def _due(self, member: Member) -> float:
+        """When the open round stops waiting for a member."""
+        return self._round_opened + member.deadline_s(self.limits, self._stretch)
+
+    def _next_deadline(self) -> float | None:
+        """When the first of the open round's members stops holding it up; at times too early, never too late.
+
+        They are not all looked at for every message: there can be thousands.
+        """
         if self.round is None:
-            return []
-        return [
-            self._round_opened + m.deadline_s(self.limits, self._stretch)
-            for m in self._present()
-            if not self.round.contributed(m.slot)
-        ]
+            return None
+        if self._deadline is None or self._deadline <= self._now:
+            whole = self.round.whole()
+            due = [self._due(m) for m in self._present() if m.slot not in whole]
+            self._deadline = min((t for t in due if t > self._now), default=math.inf)
+        return self._deadline if self._deadline < math.inf else None
+
+    def _still_awaited(self, member: Member | None, part: int) -> bool:
+        """A part cannot close because of this member."""
+        return (
+            member is not None
+            and self.round is not None
+            and member.state is MemberState.ACTIVE
+            and self.round.slots.get(member.slot) == member.incarnation
+            and not self.round.has(member.slot, part)
+            and self._now < self._due(member)
+        )
 
     def _advance(self, part: int | None = None) -> None:
         """Close what can be closed; commit and open the next round when all of it is.
@@ -118,6 +139,8 @@ class Rounds(Followers):
         and at least half of the active ones are. When all members of a round have gone, it waits for the first that
         is ready: to begin anew with whoever is there or, when some of it has been received, to close the rest.
         """
+        if part is not None and self._still_awaited(self._awaited, part):
+            return
         while self.phase is Phase.RUNNING and self.round is not None:
             current = self.round
             present = self._present()
@@ -133,12 +156,13 @@ class Rounds(Followers):
                     self._announce(current.plan)
                     continue
             quorum = (len(present) + 1) // 2
-            # The same sum as in _deadlines (and so for all waits): a wake-up at that moment must find it passed.
-            waits = {m.slot: m.deadline_s(self.limits, self._stretch) for m in present}
-            awaited = [slot for slot, wait_s in waits.items() if self._now < self._round_opened + wait_s]
+            awaited = {m.slot: m for m in present if self._now < self._due(m)}
             for index in current.open_parts() if part is None else [part]:
-                have = set(current.contributors(index))
-                if len(have) >= quorum and have.issuperset(awaited):
+                have = current.contributors(index)
+                missing = awaited.keys() - have
+                if missing:
+                    self._awaited = max((awaited[slot] for slot in missing), key=self._due)
+                elif len(have) >= quorum:
                     answers = current.close(index)
                     peers = tuple(m.peer for m in self.members.by_peer.values() if m.following)
                     self._out.extend(Send(peers, answer) for answer in answers)
@@ -165,14 +189,14 @@ class Rounds(Followers):
         )
         if self.residual is not None and current.new_residual is not None:
             self.residual[current.indices] = current.new_residual
-        whole = tuple(s for s in sorted(current.slots) if current.contributed(s))
+        whole = current.whole()
         for member in self._present():
             if member.slot not in whole:
                 member.state = MemberState.SUSPENDED
                 member.ready = False
                 member.missed += 1
                 # At least so long: or a worker that has become slower would miss every round from now on.
-                member.cycles_s.append(self._now - self._round_opened)
+                member.note_cycle(self._now - self._round_opened)
         dense = plan.selection is SelectionKind.ALL
         self._values_sent = 0 if dense else self._values_sent + plan.count
         next_plan = self._next_plan(plan.round + 1, final_done=plan.kind is RoundKind.FINAL)
@@ -204,7 +228,7 @@ class Rounds(Followers):
                 seconds,
                 elapsed,
                 current.members,
-                whole,
+                tuple(sorted(whole)),
                 next_plan,
                 digest,
                 before,

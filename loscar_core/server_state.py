@@ -72,6 +72,8 @@ class RunState:
         self._begun_in_vain: set[Point] = set()  # what was closed of such a run before it was given up
         self._said_too_few = False
         self._stretch = 1.0  # size of the open round in units of a usual one
+        self._deadline: float | None = None  # no deadline of the open round comes before it; None: not known
+        self._awaited: Member | None = None  # who was found to hold the open round up
         self._values_sent = 0  # by each worker since the last dense round
         self._welcomed: set[bytes] = set()  # incarnations that know of the epoch which was opened last
         self._vanished: set[str] = set()  # names whose streams broke or fell silent, and that are not back

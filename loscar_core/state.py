@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from loscar_core.errors import MalformedError
 
 INCARNATION_BYTES = 16
+MAX_SLOTS = 1 << 20
+"""What a roster may claim; a server has a slot for a member, not for each name that there ever was."""
 MAX_TABLE_ENTRIES = 65536
 """Members that are remembered in the inclusion table; the longest absent are forgotten first."""
 

@@ -19,15 +19,15 @@ from loscar_core.messages import (
     HeartbeatReply,
     Hello,
     OpenRound,
+    RosterChange,
     SendState,
     ServerMessage,
-    SlotTaken,
     VectorChunk,
     Welcome,
     WorkerReport,
 )
 from loscar_core.server_catchup import RECENT_SENT
-from loscar_core.state import Position
+from loscar_core.state import MAX_SLOTS, Position
 from loscar_core.worker_catchup import WorkerCatchUp
 from loscar_core.worker_effects import Dismissed, RoundTrip, WorkerEffect
 
@@ -108,8 +108,8 @@ class WorkerEngine(WorkerCatchUp):
                 self._open(message.plan, message.elapsed_s)
             case HeartbeatReply():
                 self._out.append(RoundTrip(message.stamp_ns))
-            case SlotTaken():
-                self._slot_taken(message)
+            case RosterChange():
+                self._roster_changed(message)
             case Welcome():
                 self._welcome(message)
             case CatchUp():
@@ -135,12 +135,13 @@ class WorkerEngine(WorkerCatchUp):
             self.config = welcome.config
             self.elapsed_s = welcome.elapsed_s
 
-    def _slot_taken(self, message: SlotTaken) -> None:
-        if not 0 <= message.slot < 1 << 20:
-            raise MalformedError(f"slot {message.slot}")
+    def _roster_changed(self, change: RosterChange) -> None:
         roster = list(self._roster)  # a new list: committed rounds keep theirs
-        roster += [None] * (message.slot + 1 - len(roster))
-        roster[message.slot] = message.incarnation or None
+        for slot, incarnation in ((s.slot, s.incarnation) for s in change.slots):
+            if not 0 <= slot < MAX_SLOTS:
+                raise MalformedError(f"slot {slot}")
+            roster += [None] * (slot + 1 - len(roster))
+            roster[slot] = incarnation or None
+            if incarnation == self.incarnation and self._catching_up is None:
+                self._former_at_work = False  # the round that opens is this incarnation's
         self._set_roster(roster)
-        if message.incarnation == self.incarnation and self._catching_up is None:
-            self._former_at_work = False  # the round that opens is this incarnation's

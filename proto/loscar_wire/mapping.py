@@ -288,8 +288,9 @@ def _to_server_pb(message: m.ServerMessage) -> pb.ServerMessage:
             )
         case m.OpenRound():
             return pb.ServerMessage(open_round=pb.OpenRound(plan=plan_to_pb(message.plan), elapsed_s=message.elapsed_s))
-        case m.SlotTaken():
-            return pb.ServerMessage(slot_taken=pb.SlotTaken(slot=message.slot, incarnation=message.incarnation))
+        case m.RosterChange():
+            slots = [pb.SlotTaken(slot=s.slot, incarnation=s.incarnation) for s in message.slots]
+            return pb.ServerMessage(roster_change=pb.RosterChange(slots=slots))
         case m.SendState():
             return pb.ServerMessage(send_state=pb.SendState(purpose=number_of(message.purpose)))
         case m.Goodbye():
@@ -360,7 +361,7 @@ _FROM_SERVER: dict[str, Callable[[Any], m.ServerMessage]] = {
     "vector": vector_from_pb,
     "catch_up": _catch_up,
     "open_round": lambda o: m.OpenRound(plan_from_pb(o.plan), _elapsed(o.elapsed_s)),
-    "slot_taken": lambda s: m.SlotTaken(s.slot, s.incarnation),
+    "roster_change": lambda r: m.RosterChange(tuple(m.SlotTaken(s.slot, s.incarnation) for s in r.slots)),
     "send_state": lambda s: m.SendState(purpose_from_pb(s.purpose)),
     "goodbye": lambda g: m.Goodbye(reason_from_pb(g.reason), text_of(g.detail)),
 }

@@ -168,26 +168,31 @@ def recent_from_pb(entries: Sequence[pb.CommittedRound]) -> tuple[HistoryEntry, 
     return tuple(HistoryEntry(position_from_pb(e.position), plan_from_pb(e.plan), e.digest) for e in entries)
 
 
-def inclusion_to_pb(table: dict[bytes, Included]) -> list[pb.Inclusion]:
-    return [
-        pb.Inclusion(
-            incarnation=incarnation,
-            round=entry.round,
-            parts=entry.parts.to_bytes((entry.parts.bit_length() + 7) // 8, "little"),
-        )
-        for incarnation, entry in table.items()
-    ]
+def inclusion_to_pb(table: dict[bytes, Included]) -> pb.InclusionTable:
+    numbers = {parts: number for number, parts in enumerate(dict.fromkeys(e.parts for e in table.values()))}
+    return pb.InclusionTable(
+        incarnations=b"".join(table),
+        rounds=[entry.round for entry in table.values()],
+        mask_of=[numbers[entry.parts] for entry in table.values()] if len(numbers) > 1 else [],
+        masks=[parts.to_bytes((parts.bit_length() + 7) // 8, "little") for parts in numbers],
+    )
 
 
-def inclusion_from_pb(entries: Iterable[pb.Inclusion]) -> dict[bytes, Included]:
-    table = {}
-    for e in entries:
-        parts = e.parts
-        if len(e.incarnation) != INCARNATION_BYTES or len(parts) > MAX_PARTS_BYTES:
-            raise MalformedError("an entry of the inclusion table is malformed")
-        if e.incarnation in table:
-            raise MalformedError("a member is twice in the inclusion table")
-        table[e.incarnation] = Included(at_most(e.round, "round"), int.from_bytes(parts, "little"))
+def inclusion_from_pb(message: pb.InclusionTable) -> dict[bytes, Included]:
+    joined, rounds, size = message.incarnations, list(message.rounds), INCARNATION_BYTES
+    mask_of = list(message.mask_of) or [0] * len(rounds)
+    if len(joined) != size * len(rounds) or len(mask_of) != len(rounds):
+        raise MalformedError("the columns of the inclusion table differ in length")
+    at_most(max(rounds, default=0), "round")
+    if max(map(len, message.masks), default=0) > MAX_PARTS_BYTES or max(mask_of, default=-1) >= len(message.masks):
+        raise MalformedError("an entry of the inclusion table is malformed")
+    masks = [int.from_bytes(mask, "little") for mask in message.masks]
+    # Members of one round share an entry: the table is kept for as long as the run lasts.
+    entries = {pair: Included(pair[0], masks[pair[1]]) for pair in set(zip(rounds, mask_of, strict=True))}
+    incarnations = (joined[at : at + size] for at in range(0, len(joined), size))
+    table = {i: entries[pair] for i, pair in zip(incarnations, zip(rounds, mask_of, strict=True), strict=True)}
+    if len(table) != len(rounds):
+        raise MalformedError("a member is twice in the inclusion table")
     return table
 
 

@@ -125,7 +125,7 @@ class Book:
         assert state is not None
         included: dict[bytes, tuple[Taken, int]] = {}
         for part in current.parts:
-            for slot in current.contributors(part.index):
+            for slot in sorted(current.contributors(part.index)):
                 incarnation = current.slots[slot]
                 taken = next(t for t in reversed(self.taken[incarnation]) if t.plan == plan)
                 included[incarnation] = taken, included.get(incarnation, (taken, 0))[1] | 1 << part.index

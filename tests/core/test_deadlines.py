@@ -204,3 +204,33 @@ def test_a_reconnect_within_the_open_round_counts() -> None:
     assert desk.round == 1
     assert desk.logged(fx.RoundCommitted)[-1].included == (0, 1)
     assert desk.member(3).state is MemberState.ACTIVE
+
+
+def test_one_that_is_back_in_its_round_holds_it_up_until_its_own_deadline() -> None:
+    """Its deadline passes before those of the others that the server had been waiting for without it."""
+    desk = Desk(limits={"round_cap_s": 100.0}).start(1, 2, 3, 4)
+    for _ in range(3):
+        # Three fast cycles for all but the fourth, which is thrice as slow.
+        opened = desk.now
+        desk.tick(opened + 20.0)
+        for peer in (1, 2, 3):
+            desk.contribute(peer)
+        desk.tick(opened + 60.0)
+        desk.contribute(4)
+    assert desk.round == 3
+    opened = desk.now
+    early, late = (desk.member(peer).deadline_s(desk.machine.limits) for peer in (3, 4))
+    assert early < late
+    desk.drop(3)
+    desk.contribute(1)
+    desk.contribute(2)
+    assert desk.machine.next_wakeup() == pytest.approx(opened + late)
+    desk.hello(5, "w3", epoch=1, position=desk.position)
+    desk.ready(5)
+    assert desk.member(5).state is MemberState.ACTIVE
+    # It has no cycles yet on this stream: it may take as long as the cap.
+    desk.contribute(4)
+    assert desk.round == 3
+    assert desk.machine.next_wakeup() == pytest.approx(opened + 100.0)
+    desk.tick(opened + 100.0)
+    assert desk.round == 4

@@ -19,6 +19,7 @@ from loscar_core.messages import (
     HeartbeatReply,
     Leave,
     Reason,
+    RosterChange,
     SlotTaken,
     Welcome,
 )
@@ -85,8 +86,8 @@ def test_the_newest_incarnation_of_a_name_wins() -> None:
     assert state.inclusion.of(incarnation("w1")).round == 1
     assert state.inclusion.of(incarnation("new")).round == 0
     order = [type(m) for m in desk.sent[2]]
-    assert order[-2:] == [Commit, SlotTaken]
-    assert desk.last(2, SlotTaken) == SlotTaken(0, incarnation("new"))
+    assert order[-2:] == [Commit, RosterChange]
+    assert desk.last(2, RosterChange) == RosterChange((SlotTaken(0, incarnation("new")),))
     # And the old one stays out.
     desk.hello(4, "w1")
     assert isinstance(desk.error(4), SupersededError)

@@ -50,7 +50,7 @@ def test_some_parts_in_and_others_not(small_parts: None) -> None:
     assert len(run.machine.round.parts) == desk_parts  # 8 positions, 3 to a part
     while first.stream is not None and first.stream.up:
         run.deliver_up(first)
-    while run.machine.round.contributors(1) == [0]:
+    while run.machine.round.contributors(1) == {0}:
         run.deliver_up(second)  # the second worker's parts 0 and 1, but not its last
     run.tick(51.0)
     run.cut(second)

@@ -6,6 +6,7 @@ import math
 import re
 import tracemalloc
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from loscar_core.errors import ConfigError, MalformedError, NonFiniteError
 from loscar_core.permutation import derive_key, permute
+from loscar_core.plan import RoundKind, RoundPlan
 from loscar_core.selection import (
     BLOCK_SIZE,
     SelectionKind,
@@ -28,6 +30,7 @@ from loscar_core.selection import (
     top_k,
     union,
 )
+from loscar_core.values import ValueType
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "selection.md"
 SEEDED = [SelectionKind.RANDOM, SelectionKind.SWEEP, SelectionKind.BLOCK, SelectionKind.ALL]
@@ -363,3 +366,14 @@ def test_documented_checksums() -> None:
     for kind, seed, round, dimension, count, checksum in rows:
         arguments = (int(seed, 0), int(round), int(dimension), int(count))
         assert selection_checksum(SelectionKind(kind), *arguments) == int(checksum, 16)
+
+
+def test_those_who_ask_for_the_same_selection_share_it() -> None:
+    """A process that plays a thousand workers does not make it a thousand times."""
+    plan = RoundPlan(3, RoundKind.TRAIN, SelectionKind.RANDOM, 50, ValueType.FLOAT32)
+    again = RoundPlan(3, RoundKind.TRAIN, SelectionKind.RANDOM, 50, ValueType.BFLOAT16)
+    first = plan.indices(7, 1000)
+    assert again.indices(7, 1000) is first
+    np.testing.assert_array_equal(first, select(SelectionKind.RANDOM, 7, 3, 1000, 50))
+    assert not np.array_equal(plan.indices(8, 1000), first)
+    assert not np.array_equal(replace(plan, round=4).indices(7, 1000), first)

@@ -12,7 +12,17 @@ from desk import incarnation, layout
 
 from loscar_core import plan as plan_module
 from loscar_core.errors import MalformedError, NonFiniteError, ProtocolError, WrongRoundError
-from loscar_core.messages import Answer, CatchUp, Commit, OpenRound, Purpose, SendState, SlotTaken, VectorChunk
+from loscar_core.messages import (
+    Answer,
+    CatchUp,
+    Commit,
+    OpenRound,
+    Purpose,
+    RosterChange,
+    SendState,
+    SlotTaken,
+    VectorChunk,
+)
 from loscar_core.plan import RoundKind
 from loscar_core.selection import SelectionKind
 from loscar_core.state import Position
@@ -46,7 +56,7 @@ def test_a_worker_refuses_what_makes_no_sense() -> None:
     with pytest.raises(MalformedError, match="not announced"):
         engine.received(VectorChunk(Purpose.CATCH_UP, 0, 40, bytes(160)))
     with pytest.raises(MalformedError, match="slot"):
-        engine.received(SlotTaken(1 << 30, b""))
+        engine.received(RosterChange((SlotTaken(1 << 30, b""),)))
     with pytest.raises(ProtocolError):
         engine.received(OpenRound(replace(plan, count=1000), 0.0))
 

@@ -85,8 +85,7 @@ def test_a_run_time_that_is_no_time_is_refused(elapsed_s: float) -> None:
 
 def test_a_repeated_member_of_the_inclusion_table_is_refused() -> None:
     message = offer()
-    for _ in range(2):
-        message.inclusion.add(incarnation=bytes(16), round=1, parts=b"\1")
+    message.inclusion.MergeFrom(pb.InclusionTable(incarnations=bytes(32), rounds=[1, 2], masks=[b"\1"]))
     with pytest.raises(MalformedError):
         decoded(state_offer=message)
 

@@ -242,6 +242,18 @@ def test_mutated_messages(kind: type, data: st.DataObject) -> None:
     refuses_politely(bytes(raw))
 
 
+def offered(**columns: Any) -> pb.StateOffer:
+    """A state offer that is valid but for its inclusion table."""
+    lineage = [pb.Span(epoch=1, first_round=1)]
+    config = config_to_pb(RunConfig(density=0.5))
+    return pb.StateOffer(lineage=lineage, config=config, inclusion=pb.InclusionTable(**columns))
+
+
+def test_the_offer_of_the_tests_is_valid_but_for_its_table() -> None:
+    sent = pb.WorkerMessage(state_offer=offered(incarnations=b"i" * 16, rounds=[1], masks=[b"1"]))
+    assert decode_worker_message(sent.SerializeToString())
+
+
 @pytest.mark.parametrize(
     "body",
     [
@@ -251,10 +263,12 @@ def test_mutated_messages(kind: type, data: st.DataObject) -> None:
         pb.WorkerMessage(hello=pb.Hello(protocol_version=PROTOCOL_VERSION)),
         pb.WorkerMessage(contribution=pb.Contribution(index_coding=9)),  # type: ignore[arg-type]
         pb.WorkerMessage(state_offer=pb.StateOffer()),
-        pb.WorkerMessage(state_offer=pb.StateOffer(inclusion=[pb.Inclusion(incarnation=b"short")])),
-        pb.WorkerMessage(
-            state_offer=pb.StateOffer(inclusion=[pb.Inclusion(incarnation=b"i" * 16, parts=b"1" * 70000)])
-        ),
+        pb.WorkerMessage(state_offer=offered(incarnations=b"short", rounds=[1], masks=[b"1"])),
+        pb.WorkerMessage(state_offer=offered(incarnations=b"i" * 16, rounds=[1], masks=[b"1" * 70000])),
+        pb.WorkerMessage(state_offer=offered(incarnations=b"i" * 16, rounds=[1])),
+        pb.WorkerMessage(state_offer=offered(incarnations=b"i" * 16, rounds=[1 << 63], masks=[b"1"])),
+        pb.WorkerMessage(state_offer=offered(incarnations=b"i" * 16, rounds=[1], mask_of=[1], masks=[b"1"])),
+        pb.WorkerMessage(state_offer=offered(incarnations=b"i" * 16, rounds=[1], mask_of=[0, 0], masks=[b"1"])),
         pb.ServerMessage(open_round=pb.OpenRound(plan=pb.Plan(kind=99))),  # type: ignore[arg-type]
         pb.ServerMessage(open_round=pb.OpenRound(plan=pb.Plan(selection=pb.SELECTION_UNSPECIFIED))),
         pb.ServerMessage(goodbye=pb.Goodbye(reason="")),

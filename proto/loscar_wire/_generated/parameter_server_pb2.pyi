@@ -91,7 +91,7 @@ class WorkerMessage(_message.Message):
     def __init__(self, contribution: _Optional[_Union[Contribution, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., vector: _Optional[_Union[VectorChunk, _Mapping]] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ..., refresh: _Optional[_Union[Refresh, _Mapping]] = ..., stop_run: _Optional[_Union[StopRun, _Mapping]] = ..., leave: _Optional[_Union[Leave, _Mapping]] = ..., state_offer: _Optional[_Union[StateOffer, _Mapping]] = ...) -> None: ...
 
 class ServerMessage(_message.Message):
-    __slots__ = ("answer", "commit", "heartbeat_reply", "welcome", "vector", "catch_up", "open_round", "slot_taken", "send_state", "goodbye")
+    __slots__ = ("answer", "commit", "heartbeat_reply", "welcome", "vector", "catch_up", "open_round", "roster_change", "send_state", "goodbye")
     ANSWER_FIELD_NUMBER: _ClassVar[int]
     COMMIT_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_REPLY_FIELD_NUMBER: _ClassVar[int]
@@ -99,7 +99,7 @@ class ServerMessage(_message.Message):
     VECTOR_FIELD_NUMBER: _ClassVar[int]
     CATCH_UP_FIELD_NUMBER: _ClassVar[int]
     OPEN_ROUND_FIELD_NUMBER: _ClassVar[int]
-    SLOT_TAKEN_FIELD_NUMBER: _ClassVar[int]
+    ROSTER_CHANGE_FIELD_NUMBER: _ClassVar[int]
     SEND_STATE_FIELD_NUMBER: _ClassVar[int]
     GOODBYE_FIELD_NUMBER: _ClassVar[int]
     answer: Answer
@@ -109,10 +109,10 @@ class ServerMessage(_message.Message):
     vector: VectorChunk
     catch_up: CatchUp
     open_round: OpenRound
-    slot_taken: SlotTaken
+    roster_change: RosterChange
     send_state: SendState
     goodbye: Goodbye
-    def __init__(self, answer: _Optional[_Union[Answer, _Mapping]] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., heartbeat_reply: _Optional[_Union[HeartbeatReply, _Mapping]] = ..., welcome: _Optional[_Union[Welcome, _Mapping]] = ..., vector: _Optional[_Union[VectorChunk, _Mapping]] = ..., catch_up: _Optional[_Union[CatchUp, _Mapping]] = ..., open_round: _Optional[_Union[OpenRound, _Mapping]] = ..., slot_taken: _Optional[_Union[SlotTaken, _Mapping]] = ..., send_state: _Optional[_Union[SendState, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ...) -> None: ...
+    def __init__(self, answer: _Optional[_Union[Answer, _Mapping]] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., heartbeat_reply: _Optional[_Union[HeartbeatReply, _Mapping]] = ..., welcome: _Optional[_Union[Welcome, _Mapping]] = ..., vector: _Optional[_Union[VectorChunk, _Mapping]] = ..., catch_up: _Optional[_Union[CatchUp, _Mapping]] = ..., open_round: _Optional[_Union[OpenRound, _Mapping]] = ..., roster_change: _Optional[_Union[RosterChange, _Mapping]] = ..., send_state: _Optional[_Union[SendState, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ...) -> None: ...
 
 class Segment(_message.Message):
     __slots__ = ("name", "shape", "dtype")
@@ -174,15 +174,17 @@ class CommittedRound(_message.Message):
     digest: int
     def __init__(self, position: _Optional[_Union[Position, _Mapping]] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., digest: _Optional[int] = ...) -> None: ...
 
-class Inclusion(_message.Message):
-    __slots__ = ("incarnation", "round", "parts")
-    INCARNATION_FIELD_NUMBER: _ClassVar[int]
-    ROUND_FIELD_NUMBER: _ClassVar[int]
-    PARTS_FIELD_NUMBER: _ClassVar[int]
-    incarnation: bytes
-    round: int
-    parts: bytes
-    def __init__(self, incarnation: _Optional[bytes] = ..., round: _Optional[int] = ..., parts: _Optional[bytes] = ...) -> None: ...
+class InclusionTable(_message.Message):
+    __slots__ = ("incarnations", "rounds", "mask_of", "masks")
+    INCARNATIONS_FIELD_NUMBER: _ClassVar[int]
+    ROUNDS_FIELD_NUMBER: _ClassVar[int]
+    MASK_OF_FIELD_NUMBER: _ClassVar[int]
+    MASKS_FIELD_NUMBER: _ClassVar[int]
+    incarnations: bytes
+    rounds: _containers.RepeatedScalarFieldContainer[int]
+    mask_of: _containers.RepeatedScalarFieldContainer[int]
+    masks: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, incarnations: _Optional[bytes] = ..., rounds: _Optional[_Iterable[int]] = ..., mask_of: _Optional[_Iterable[int]] = ..., masks: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class RunConfig(_message.Message):
     __slots__ = ("seed", "density", "coordinates", "selection", "value_type", "merge", "local_steps", "sync_interval_s", "overlap_steps", "rounds", "duration_s", "max_steps", "final_round", "evaluate_every")
@@ -373,12 +375,12 @@ class StateOffer(_message.Message):
     position: Position
     digest: int
     lineage: _containers.RepeatedCompositeFieldContainer[Span]
-    inclusion: _containers.RepeatedCompositeFieldContainer[Inclusion]
+    inclusion: InclusionTable
     recent: _containers.RepeatedCompositeFieldContainer[CommittedRound]
     members: int
     config: RunConfig
     elapsed_s: float
-    def __init__(self, position: _Optional[_Union[Position, _Mapping]] = ..., digest: _Optional[int] = ..., lineage: _Optional[_Iterable[_Union[Span, _Mapping]]] = ..., inclusion: _Optional[_Iterable[_Union[Inclusion, _Mapping]]] = ..., recent: _Optional[_Iterable[_Union[CommittedRound, _Mapping]]] = ..., members: _Optional[int] = ..., config: _Optional[_Union[RunConfig, _Mapping]] = ..., elapsed_s: _Optional[float] = ...) -> None: ...
+    def __init__(self, position: _Optional[_Union[Position, _Mapping]] = ..., digest: _Optional[int] = ..., lineage: _Optional[_Iterable[_Union[Span, _Mapping]]] = ..., inclusion: _Optional[_Union[InclusionTable, _Mapping]] = ..., recent: _Optional[_Iterable[_Union[CommittedRound, _Mapping]]] = ..., members: _Optional[int] = ..., config: _Optional[_Union[RunConfig, _Mapping]] = ..., elapsed_s: _Optional[float] = ...) -> None: ...
 
 class Welcome(_message.Message):
     __slots__ = ("run_id", "epoch", "slot", "config", "heartbeat_s", "lease_s", "position", "digest", "lineage", "roster", "elapsed_s", "waiting_for", "recovering")
@@ -434,11 +436,11 @@ class CatchUp(_message.Message):
     base_round: int
     plans: _containers.RepeatedCompositeFieldContainer[Plan]
     full: bool
-    inclusion: _containers.RepeatedCompositeFieldContainer[Inclusion]
+    inclusion: InclusionTable
     recent: _containers.RepeatedCompositeFieldContainer[CommittedRound]
     members: int
     resume: int
-    def __init__(self, position: _Optional[_Union[Position, _Mapping]] = ..., digest: _Optional[int] = ..., lineage: _Optional[_Iterable[_Union[Span, _Mapping]]] = ..., base_round: _Optional[int] = ..., plans: _Optional[_Iterable[_Union[Plan, _Mapping]]] = ..., full: bool = ..., inclusion: _Optional[_Iterable[_Union[Inclusion, _Mapping]]] = ..., recent: _Optional[_Iterable[_Union[CommittedRound, _Mapping]]] = ..., members: _Optional[int] = ..., resume: _Optional[int] = ...) -> None: ...
+    def __init__(self, position: _Optional[_Union[Position, _Mapping]] = ..., digest: _Optional[int] = ..., lineage: _Optional[_Iterable[_Union[Span, _Mapping]]] = ..., base_round: _Optional[int] = ..., plans: _Optional[_Iterable[_Union[Plan, _Mapping]]] = ..., full: bool = ..., inclusion: _Optional[_Union[InclusionTable, _Mapping]] = ..., recent: _Optional[_Iterable[_Union[CommittedRound, _Mapping]]] = ..., members: _Optional[int] = ..., resume: _Optional[int] = ...) -> None: ...
 
 class OpenRound(_message.Message):
     __slots__ = ("plan", "elapsed_s")
@@ -455,6 +457,12 @@ class SlotTaken(_message.Message):
     slot: int
     incarnation: bytes
     def __init__(self, slot: _Optional[int] = ..., incarnation: _Optional[bytes] = ...) -> None: ...
+
+class RosterChange(_message.Message):
+    __slots__ = ("slots",)
+    SLOTS_FIELD_NUMBER: _ClassVar[int]
+    slots: _containers.RepeatedCompositeFieldContainer[SlotTaken]
+    def __init__(self, slots: _Optional[_Iterable[_Union[SlotTaken, _Mapping]]] = ...) -> None: ...
 
 class Answer(_message.Message):
     __slots__ = ("round", "part", "offset", "values", "included", "indices", "base", "index_coding")
