@@ -18,6 +18,7 @@ from loscar_core.config import ServerLimits
 from loscar_core.errors import ConfigError, RefusedError, SupersededError
 from loscar_core.messages import Hello, Partial, Reason, WorkerReport
 from loscar_core.replica import Indices
+from loscar_core.state import FORGOTTEN
 
 DEADLINE_FLOOR_S = 10.0
 """No member is given up on sooner, however short its cycles: a pause of a few seconds is not a failure."""
@@ -173,8 +174,10 @@ class MemberTable:
         Raises:
             SupersededError: a newer incarnation of its name was here already.
             RefusedError: the server is full, or the wanted slot belongs to somebody else.
-            ConfigError: there is no such slot.
+            ConfigError: there is no such slot, or nobody has that incarnation.
         """
+        if hello.incarnation == FORGOTTEN:
+            raise ConfigError("an incarnation of zeros is nobody's")
         if hello.incarnation in self._superseded:
             raise SupersededError(f"a newer worker named {hello.name!r} has taken over")
         present = self.named(hello.name)

@@ -16,8 +16,11 @@ from loscar_core.errors import MalformedError
 INCARNATION_BYTES = 16
 MAX_SLOTS = 1 << 20
 """What a roster may claim; a server has a slot for a member, not for each name that there ever was."""
-MAX_TABLE_ENTRIES = 65536
-"""Members that are remembered in the inclusion table; the longest absent are forgotten first."""
+LEAST_TABLE_ENTRIES = 1024
+"""Members that the inclusion table remembers at least; twice as many as there are slots when that is more. The longest
+absent are forgotten first."""
+FORGOTTEN = bytes(INCARNATION_BYTES)
+"""Nobody's incarnation: its entry holds the last round of whoever was forgotten."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -128,14 +131,23 @@ class InclusionTable:
                     # Re-inserted at the end, so that the first entries are the longest absent.
                     self._entries.pop(incarnation, None)
                     self._entries[incarnation] = shared[mask]
+        most = max(LEAST_TABLE_ENTRIES, 2 * len(self._pending[-1][2])) if self._pending else len(self._entries)
         self._pending.clear()
-        while len(self._entries) > MAX_TABLE_ENTRIES:
-            del self._entries[next(iter(self._entries))]
+        if len(self._entries) > most:
+            last = self._entries.pop(FORGOTTEN, Included()).round
+            while len(self._entries) >= most:
+                last = max(last, self._entries.pop(next(iter(self._entries))).round)
+            self._entries = {FORGOTTEN: Included(last), **self._entries}
 
     def of(self, incarnation: bytes) -> Included:
         """A member's entry; round 0 when it was never included."""
         self._fold()
         return self._entries.get(incarnation, Included())
+
+    def knows(self, incarnation: bytes, round_: int) -> bool:
+        """Whether the table says if a member's contribution to a round is in: not when it may have been forgotten."""
+        self._fold()
+        return incarnation in self._entries or round_ > self.of(FORGOTTEN).round
 
     def entries(self) -> dict[bytes, Included]:
         """A copy of the whole table."""

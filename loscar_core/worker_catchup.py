@@ -14,6 +14,7 @@ from loscar_core.state import InclusionTable
 from loscar_core.values import require_finite
 from loscar_core.worker_effects import Emit, Initialise, ProgressWanted, Update, WorkerEffect
 from loscar_core.worker_holdings import CatchingUp
+from loscar_core.worker_ledger import Record
 from loscar_core.worker_rounds import WorkerRounds
 
 
@@ -144,11 +145,16 @@ class WorkerCatchUp(WorkerRounds):
         anchor = self.anchor
         waiting = [r for r in self.ledger.all() if not r.decided]
         own = max((anchor.inclusion.of(i) for i in (self.incarnation, *self.formers)), key=lambda e: e.round)
-        todo = self.ledger.resolve(own, anchor.position.round, anchor.lineage)
+        known = own.round > 0 or anchor.inclusion.knows(self.incarnation, 1)
+        doubtful = not known and any(self._is_doubtful(r) for r in self.ledger.all())
+        todo = self.ledger.resolve(own if known else None, anchor.position.round, anchor.lineage)
         settled = max((r.plan.round for r in waiting if r.decided), default=None)
         if new.size or settled is not None:
             moved = indices if new.size else np.empty(0, np.int64)
             self._out.append(Update(0, moved, old, new, None, statistics, settled, None, long_absence))
+        if doubtful:
+            self._give_up_own()
+            return
         for record, subtract, add_back in todo:
             values = anchor.vector.take(record.indices)
             for mask, give_back in ((subtract, False), (add_back, True)):
@@ -156,7 +162,7 @@ class WorkerCatchUp(WorkerRounds):
                 if sent is not None:
                     sent = -sent if give_back else sent
                     self._out.append(Update(0, record.indices, values, values, sent, None, None, None))
-        for early in self.ledger.give_up_early(own, anchor.lineage):
+        for early in self.ledger.give_up_early(own if known else None, anchor.lineage):
             values = anchor.vector.copy()
             self._out.append(Update(0, None, values, values, -early, None, None, None))
 
@@ -170,16 +176,30 @@ class WorkerCatchUp(WorkerRounds):
         anchor, ledger = self.anchor, self.ledger
         last = max(anchor.inclusion.of(i).round for i in self.formers)
         known = ledger.records.get(last)
-        if last > base_round and (known is None or anchor.lineage.epoch_of(last) not in known.epochs):
-            for record in ledger.all():
-                if not record.decided:
-                    ledger.decide(record, 0)
-            ledger.records.clear()
-            ledger.superseded.clear()
-            ledger.early.clear()
-            self._forget(None)
+        forgotten = not all(anchor.inclusion.knows(i, base_round + 1) for i in self.formers)
+        if forgotten or (last > base_round and (known is None or anchor.lineage.epoch_of(last) not in known.epochs)):
+            self._give_up_own()
         if self.incarnation in self._roster:
             self._former_at_work = False
+
+    def _is_doubtful(self, record: Record) -> bool:
+        """The state may hold it: the round is closed by somebody whose word this worker never had, and the table that
+        would say has forgotten this worker."""
+        anchor, number = self.anchor, record.plan.round
+        if number > anchor.position.round or anchor.lineage.epoch_of(number) in record.outcomes:
+            return False
+        return not anchor.inclusion.knows(self.incarnation, number)
+
+    def _give_up_own(self) -> None:
+        """Nobody knows what of this worker's progress is in the consensus: it goes on from that."""
+        ledger = self.ledger
+        for record in ledger.all():
+            if not record.decided:
+                ledger.decide(record, 0)
+        ledger.records.clear()
+        ledger.superseded.clear()
+        ledger.early.clear()
+        self._forget(None)
 
     def _send_state(self, purpose: Purpose) -> None:
         """Hand the anchor over: as the initial model, or to a server that lost its state."""

@@ -168,11 +168,11 @@ class Ledger:
         record.subtracted = 0
         return was
 
-    def resolve(self, own: Included, round_: int, lineage: Lineage) -> list[tuple[Record, int, int]]:
+    def resolve(self, own: Included | None, round_: int, lineage: Lineage) -> list[tuple[Record, int, int]]:
         """Make every record agree with a state that was caught up with.
 
         Args:
-            own: this worker's entry in the state's inclusion table.
+            own: this worker's entry in the state's inclusion table; None when it may have been forgotten there.
             round_: the state's round.
             lineage: the state's.
 
@@ -185,6 +185,8 @@ class Ledger:
             epoch = lineage.epoch_of(number)
             if number > round_:
                 subtract, add_back = 0, self.undecide(record)
+            elif own is None:
+                subtract, add_back = self.decide(record, record.outcomes.get(epoch, 0), epoch)
             elif own.round == number:
                 subtract, add_back = self.decide(record, own.parts if epoch in record.epochs else 0, epoch)
             elif own.round > number:
@@ -235,15 +237,20 @@ class Ledger:
             early.values[record.indices] += sent
             early.count += 1
 
-    def give_up_early(self, own: Included, lineage: Lineage) -> list[Floats]:
+    def give_up_early(self, own: Included | None, lineage: Lineage) -> list[Floats]:
         """Which of the sums are not in a state that was caught up with: those of epochs that it does not go back to,
         and those of which it has nothing (two servers may have called themselves by the same epoch).
+
+        Args:
+            own: as in `resolve`.
 
         Returns:
             What is to be added back, d float32 each.
         """
         known = {epoch for epoch, _ in lineage.spans}
-        missing = [epoch for epoch, e in self.early.items() if epoch not in known or own.round < e.first]
+        missing = [
+            epoch for epoch, e in self.early.items() if epoch not in known or (own is not None and own.round < e.first)
+        ]
         given_up = [self.early.pop(epoch) for epoch in missing]
         for early in given_up:
             self.included -= early.count

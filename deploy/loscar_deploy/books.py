@@ -60,7 +60,7 @@ class BookedLedger(Ledger):
         os.write(self._file, HEADER.pack(record.plan.round, values.size) + values.tobytes())
         super().add(record)
 
-    def resolve(self, own: Included, round_: int, lineage: Lineage) -> list[tuple[Record, int, int]]:
+    def resolve(self, own: Included | None, round_: int, lineage: Lineage) -> list[tuple[Record, int, int]]:
         self.waiting += [r for r in self.all() if not r.decided]
         return super().resolve(own, round_, lineage)
 

@@ -45,7 +45,7 @@ def commit_by_part(patch: pytest.MonkeyPatch) -> Chaos:
 def no_inclusion(patch: pytest.MonkeyPatch) -> Chaos:
     """Off: what a caught-up state includes decides. A contribution whose answer was not heard counts as not in."""
 
-    def resolve(self: Ledger, own: Included, round_: int, lineage: Lineage) -> list[tuple[Record, int, int]]:
+    def resolve(self: Ledger, own: Included | None, round_: int, lineage: Lineage) -> list[tuple[Record, int, int]]:
         todo = []
         for record in self.all():
             if record.plan.round > round_:

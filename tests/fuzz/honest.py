@@ -47,7 +47,7 @@ class Recorder:
         if engine is None:
             vector = self.rng.normal(size=layout.dimension).astype(np.float32)
             statistics = np.zeros(layout.statistics_size, np.float32)
-            engine = WorkerEngine(f"w{peer}", bytes([peer]) * 16, layout, vector, statistics, run_id=RUN)
+            engine = WorkerEngine(f"w{peer}", bytes([peer + 1]) * 16, layout, vector, statistics, run_id=RUN)
         self.engines[peer] = engine
         self.up(peer, encode(engine.hello()))
         self.settle()
