@@ -28,7 +28,8 @@ output a single JSON value (`status --watch` prints one a line) and moves the re
 
 Durations are a number and a unit: `us`, `ms`, `s`, `m` or `min`, `h` (`15ms`, `2.5s`, `10m`). Counts may be written
 as `1e6`. Links and their presets are described in [links](links.md), tasks, data folders and partitions in
-[tasks](tasks.md), selections in [selection](selection.md), the files that a run leaves in [run folder](run-folder.md).
+[tasks](tasks.md), selections in [selection](selection.md), methods in [methods](methods.md), the files that a run
+leaves in [run folder](run-folder.md).
 
 A run ends at the first of `--rounds`, `--duration`, `--max-steps` and `--target-loss`; `loscar run` without any of the
 first three ends after 30 s, `loscar server` without them when it is stopped.

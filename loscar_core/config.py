@@ -18,6 +18,8 @@ from loscar_core.selection import SelectionKind, count_for
 from loscar_core.values import ValueType
 
 MAX_SEED = (1 << 63) - 1
+LONGEST_METHOD = 500
+MOST_VECTORS = 64
 
 
 class FinalRound(StrEnum):
@@ -37,7 +39,11 @@ class RunConfig:
         coordinates: an exact number of coordinates in place of `density`, or None.
         selection: how a round's coordinates are chosen.
         value_type: what a value is on the wire.
-        merge: what a worker does with the delayed average.
+        merge: what a worker does with the delayed average, when its method leaves it open.
+        method: the training method and its options, as `loscar_core.methods.parse_method` reads them; nothing but
+            workers needs to understand it.
+        dependent: n ≥ 2 for rounds in pairs, 0 for none. The first of a pair averages all but the last 1/n of the
+            coordinates, the second the last 1/n: what workers have computed from the first one's answer.
         local_steps: N, steps from a merge to the next snapshot; None paces by `sync_interval_s` instead.
         sync_interval_s: seconds from a merge to the next snapshot, when `local_steps` is None.
         overlap_steps: Q, steps from the snapshot to the merge; 0 blocks; None merges when the answer is there.
@@ -62,6 +68,8 @@ class RunConfig:
     max_steps: int | None = None
     final_round: FinalRound = FinalRound.DENSE
     evaluate_every: int = 0
+    method: str = "loscar"
+    dependent: int = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed <= MAX_SEED:
@@ -69,8 +77,12 @@ class RunConfig:
         count_for(self.density, 1)  # refuses a density outside (0, 1]
         if self.coordinates is not None and self.coordinates < 1:
             raise ConfigError(f"coordinates {self.coordinates}: at least 1 is needed")
-        if self.selection is SelectionKind.TOPK:
-            raise ConfigError("selection topk is not available on this server: use sweep, random, block or all")
+        if self.selection in (SelectionKind.TOPK, SelectionKind.HEAD, SelectionKind.TAIL):
+            raise ConfigError(
+                f"selection {self.selection.value} is not available on this server: use sweep, random, block or all"
+            )
+        if self.dependent != 0 and not 2 <= self.dependent <= MOST_VECTORS:
+            raise ConfigError(f"dependent {self.dependent} is neither 0 nor in 2..{MOST_VECTORS}")
         if self.local_steps is not None and self.local_steps < 0:
             raise ConfigError(f"local steps {self.local_steps} is negative")
         if self.overlap_steps is not None and self.overlap_steps < 0:
@@ -84,15 +96,21 @@ class RunConfig:
                 raise ConfigError(f"{name} {value}: at least 1 is needed")
         if self.duration_s is not None and not (math.isfinite(self.duration_s) and self.duration_s > 0):
             raise ConfigError(f"duration {self.duration_s} s is not a positive time")
+        if len(self.method) > LONGEST_METHOD:
+            raise ConfigError(f"a method of {len(self.method)} characters: {LONGEST_METHOD} at most")
         if self.evaluate_every < 0:
             raise ConfigError(f"evaluate every {self.evaluate_every} rounds is negative")
 
     def count(self, dimension: int) -> int:
-        """K, the number of coordinates that a round carries of `dimension`.
+        """K, the number of coordinates that a round carries of `dimension`; of a pair the larger one.
 
         Raises:
             ConfigError: when `coordinates` asks for more than the model has.
         """
+        if self.dependent:
+            if dimension < self.dependent:
+                raise ConfigError(f"rounds in pairs over {self.dependent} vectors of {dimension} values in all")
+            return dimension - dimension // self.dependent
         if self.coordinates is None:
             return count_for(self.density, dimension)
         if self.coordinates > dimension:

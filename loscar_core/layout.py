@@ -23,6 +23,10 @@ MAX_DIMENSION = 1 << 40
 """Largest supported number of coordinates; the selections are specified up to here."""
 
 
+VECTOR_PREFIX = "vector:"
+"""Names of vectors that are averaged along with a model and are no part of it begin with it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Segment:
     """One tensor of the logical vector.

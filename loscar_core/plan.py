@@ -51,6 +51,11 @@ class RoundKind(IntEnum):
     END = 4
     """No round: the run is over."""
 
+    @property
+    def ends(self) -> bool:
+        """Nothing is trained after it."""
+        return self in (RoundKind.FINAL, RoundKind.END)
+
 
 @dataclass(frozen=True, slots=True)
 class RoundPlan:
@@ -102,8 +107,18 @@ def plan_round(config: RunConfig, dimension: int, round_: int, *, stopping: bool
         return end_plan(round_)
     evaluate = config.evaluate_every > 0 and round_ % config.evaluate_every == 0
     kind = RoundKind.EVALUATION if evaluate else RoundKind.TRAIN
+    if config.dependent:
+        head = config.count(dimension)
+        if is_dependent(config, round_):
+            return RoundPlan(round_, kind, SelectionKind.TAIL, dimension - head, config.value_type)
+        return RoundPlan(round_, kind, SelectionKind.HEAD, head, config.value_type)
     count = dimension if config.selection is SelectionKind.ALL else config.count(dimension)
     return RoundPlan(round_, kind, config.selection, count, config.value_type)
+
+
+def is_dependent(config: RunConfig, round_: int) -> bool:
+    """The round is the second of a pair: it averages what was computed from the answer of the one before."""
+    return config.dependent > 0 and round_ % 2 == 0
 
 
 def consolidation(plan: RoundPlan, dimension: int) -> RoundPlan:

@@ -2,8 +2,8 @@
 
 `random` is the paper's uniform K-subset. `sweep` cuts a fresh permutation per sweep into ceil(d/K) slices,
 one a round, so that every coordinate goes out exactly once per sweep. `block` is `random` on runs of 64
-neighbours, which gathers and scatters faster. `all` is everything. `topk` depends on a worker's own values
-and is chosen with `top_k`.
+neighbours, which gathers and scatters faster. `all` is everything, `head` and `tail` are the first and the
+last K coordinates. `topk` depends on a worker's own values and is chosen with `top_k`.
 
 The algorithm is written down for other languages, with test vectors, in `docs/selection.md`.
 """
@@ -49,6 +49,8 @@ class SelectionKind(Enum):
     BLOCK = "block"
     TOPK = "topk"
     ALL = "all"
+    HEAD = "head"
+    TAIL = "tail"
 
 
 # The numbers that enter the checksum; part of the written algorithm.
@@ -58,6 +60,8 @@ _CODES: Final = {
     SelectionKind.BLOCK: 3,
     SelectionKind.TOPK: 4,
     SelectionKind.ALL: 5,
+    SelectionKind.HEAD: 6,
+    SelectionKind.TAIL: 7,
 }
 
 
@@ -106,6 +110,10 @@ def select(kind: SelectionKind, seed: int, round: int, dimension: int, count: in
             # Sorted, so that only the last run can be the model's short one.
             excess = max(0, (int(runs[-1]) + 1) * BLOCK_SIZE - dimension)
             return coordinates[: coordinates.size - excess]
+        case SelectionKind.HEAD:
+            return np.arange(count, dtype=np.int64)
+        case SelectionKind.TAIL:
+            return np.arange(dimension - count, dimension, dtype=np.int64)
         case SelectionKind.TOPK:
             raise ConfigError("selection topk depends on a worker's values: no seed yields it")
 
@@ -121,7 +129,7 @@ def selection_size(kind: SelectionKind, seed: int, round: int, dimension: int, c
     match kind:
         case SelectionKind.ALL:
             return dimension
-        case SelectionKind.RANDOM | SelectionKind.TOPK:
+        case SelectionKind.RANDOM | SelectionKind.TOPK | SelectionKind.HEAD | SelectionKind.TAIL:
             return count
         case SelectionKind.SWEEP:
             _, start, stop = _sweep_slice(round, dimension, count)
@@ -139,8 +147,8 @@ def selection_checksum(kind: SelectionKind, seed: int, round: int, dimension: in
     """32-bit checksum of what determines a selection, the algorithm's version included; constant time.
 
     The CRC-32 (zlib's) of the little-endian bytes of uint32 version, uint32 code of the kind (random 1,
-    sweep 2, block 3, topk 4, all 5), uint64 seed, round, dimension, count. Raises ConfigError like `select`,
-    `topk` apart.
+    sweep 2, block 3, topk 4, all 5, head 6, tail 7), uint64 seed, round, dimension,
+    count. Raises ConfigError like `select`, `topk` apart.
     """
     _check(seed, round, dimension, count)
     words = (SELECTION_ALGORITHM_VERSION, _CODES[kind], seed, round, dimension, count)

@@ -59,7 +59,7 @@ class Rounds(Followers):
     def _may_consolidate(self, dimension: int) -> bool:
         """A dense round takes no more than its share, and nobody so long that the round would close without it."""
         share = self.limits.consolidation_share
-        if share == 0 or share * (self._values_sent + dimension) < dimension:
+        if share == 0 or self.config.dependent or share * (self._values_sent + dimension) < dimension:
             return False
         stretch = dimension / self.config.count(dimension)
         slowest_s = max((m.cycle_s for m in self.members.active()), default=0.0)

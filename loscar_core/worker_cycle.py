@@ -32,12 +32,14 @@ class Situation:
         update_is_own: that update answers this worker's snapshot.
         plan_round: the open round, when its selection is ready here and nothing was contributed to it; else None.
         final: the open round is the final one: stop and take part at once.
+        at_once: the open round averages what was computed from the one before, so no steps come between the two.
     """
 
     update_round: int | None = None
     update_is_own: bool = False
     plan_round: int | None = None
     final: bool = False
+    at_once: bool = False
 
 
 class Cycle:
@@ -85,7 +87,7 @@ class Cycle:
             return Action.WAIT if self.overlap_steps is not None and not self._too_early() else Action.TRAIN
         if situation.final:
             return Action.SNAPSHOT if situation.plan_round is not None else Action.WAIT
-        if not self._snapshot_due(now):
+        if not (situation.at_once or self._snapshot_due(now)):
             return Action.TRAIN
         if situation.plan_round is not None:
             return Action.SNAPSHOT

@@ -10,12 +10,14 @@ import argparse
 import contextlib
 import logging
 import os
+import signal
 import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence
 from importlib import metadata
 
 from loscar_core.errors import LoscarError, SystemRefusedError, all_errors
+from loscar_deploy import logs
 from loscar_deploy.commands import Handler, comparing, services, tools, training
 
 log = logging.getLogger("loscar")
@@ -63,8 +65,11 @@ def _exit_codes() -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     _fill_closed_streams()
+    if os.getpid() == 1:
+        # A container's first process gets no signal without a handler, and a command's own comes after slow imports.
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     args = build_parser().parse_args(arguments)
-    logging.basicConfig(level=args.log_level.upper(), format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logs.configure(args.log_level, getattr(args, "log_format", "text"))
     if args.exit_with_parent:
         from loscar_deploy.children import exit_with_parent
 
@@ -88,8 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _say(error: LoscarError) -> int:
-    print(f"loscar: {error}", file=sys.stderr)
-    print(f"  {error.hint}", file=sys.stderr)
+    logs.say(error)
     return error.exit_code
 
 

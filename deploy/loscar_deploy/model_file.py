@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from loscar_core.errors import ConfigError, DataMissingError
-from loscar_core.layout import Segment, offsets
+from loscar_core.layout import VECTOR_PREFIX, Segment, offsets
 from loscar_core.replica import Floats
 from loscar_deploy.client import FetchedModel
 
@@ -46,6 +46,7 @@ def _tensors(segments: tuple[Segment, ...], values: Floats) -> dict[str, Floats]
     return {
         s.name: np.ascontiguousarray(values[start : start + s.size]).reshape(s.shape)
         for s, start in zip(segments, starts, strict=False)
+        if not s.name.startswith(VECTOR_PREFIX)
     }
 
 

@@ -22,6 +22,13 @@ if TYPE_CHECKING:
 
 E = TypeVar("E", bound=Enum)
 
+
+class Default(str):
+    """An option's value when it was left out: a method may prefer another one."""
+
+    __slots__ = ()
+
+
 _UNITS_S = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
 _LONGEST_S = 1e9
 CONSOLIDATION_SHARE = 0.05
@@ -149,22 +156,29 @@ def add_run(parser: ArgumentParser, *, compared: bool = False) -> None:
     group = parser.add_argument_group("the run")
     if not compared:
         group.add_argument(
-            "--density", metavar="P", default="0.05", help="share of the coordinates that a round carries"
+            "--density", metavar="P", default=Default("0.05"), help="share of the coordinates that a round carries"
         )
         group.add_argument("--coordinates", metavar="K", help="an exact number of coordinates instead of --density")
-    group.add_argument("--selection", metavar="KIND", default="sweep", help="sweep, random, block or all")
+    group.add_argument("--selection", metavar="KIND", default=Default("sweep"), help="sweep, random, block or all")
     group.add_argument("--wire-dtype", metavar="TYPE", default="float32", help="float32, bfloat16, float16 or int8")
     if not compared:
-        group.add_argument("--merge", metavar="KIND", default="delay-corrected", help="delay-corrected or overwrite")
-    group.add_argument("--method", metavar="NAME", default="loscar", help="the training method: loscar")
+        group.add_argument(
+            "--merge", metavar="KIND", default=Default("delay-corrected"), help="delay-corrected or overwrite"
+        )
     group.add_argument(
-        "--local-steps", metavar="N", default="auto", help="steps from a merge to the next snapshot, or auto"
+        "--method", metavar="NAME", default="loscar", help="the training method; NAME:KEY=VALUE,… sets its options"
+    )
+    group.add_argument(
+        "--local-steps", metavar="N", default=Default("auto"), help="steps from a merge to the next snapshot, or auto"
     )
     group.add_argument(
         "--sync-interval", metavar="TIME", default="250ms", help="with auto: time from a merge to the next snapshot"
     )
     group.add_argument(
-        "--overlap-steps", metavar="Q", default="auto", help="steps from a snapshot to its merge; 0 blocks; or auto"
+        "--overlap-steps",
+        metavar="Q",
+        default=Default("auto"),
+        help="steps from a snapshot to its merge; 0 blocks; or auto",
     )
     group.add_argument("--rounds", metavar="N", help="end after so many rounds")
     group.add_argument("--duration", metavar="TIME", help="end after so much run time")
@@ -271,27 +285,33 @@ def run_config(args: Namespace) -> RunConfig:
     """Raises ConfigError for every wrong value."""
     from loscar_core.config import FinalRound, RunConfig
     from loscar_core.merge import parse_merge
+    from loscar_core.methods import parse_method, settle
     from loscar_core.selection import SelectionKind
     from loscar_core.values import ValueType
 
-    if args.method != "loscar":
-        raise ConfigError(f"--method {args.method!r} is not a method of this version: use loscar")
-    return RunConfig(
-        seed=whole("--seed", args.seed),
-        density=_density(args.density),
-        coordinates=None if args.coordinates is None else whole("--coordinates", args.coordinates, 1),
-        selection=_member(SelectionKind, "--selection", args.selection),
-        value_type=_member(ValueType, "--wire-dtype", args.wire_dtype),
-        merge=parse_merge(args.merge),
-        local_steps=steps_or_auto("--local-steps", args.local_steps),
-        sync_interval_s=seconds("--sync-interval", args.sync_interval, positive=True),
-        overlap_steps=steps_or_auto("--overlap-steps", args.overlap_steps),
-        rounds=None if args.rounds is None else whole("--rounds", args.rounds, 1),
-        duration_s=None if args.duration is None else seconds("--duration", args.duration, positive=True),
-        max_steps=None if args.max_steps is None else whole("--max-steps", args.max_steps, 1),
-        evaluate_every=whole("--evaluate-every", args.evaluate_every),
-        final_round=_member(FinalRound, "--final-round", args.final_round),
-    )
+    method = parse_method(args.method)
+    values = {
+        "seed": whole("--seed", args.seed),
+        "density": _density(args.density),
+        "coordinates": None if args.coordinates is None else whole("--coordinates", args.coordinates, 1),
+        "selection": _member(SelectionKind, "--selection", args.selection),
+        "value_type": _member(ValueType, "--wire-dtype", args.wire_dtype),
+        "merge": parse_merge(args.merge),
+        "local_steps": steps_or_auto("--local-steps", args.local_steps),
+        "sync_interval_s": seconds("--sync-interval", args.sync_interval, positive=True),
+        "overlap_steps": steps_or_auto("--overlap-steps", args.overlap_steps),
+        "rounds": None if args.rounds is None else whole("--rounds", args.rounds, 1),
+        "duration_s": None if args.duration is None else seconds("--duration", args.duration, positive=True),
+        "max_steps": None if args.max_steps is None else whole("--max-steps", args.max_steps, 1),
+        "evaluate_every": whole("--evaluate-every", args.evaluate_every),
+        "final_round": _member(FinalRound, "--final-round", args.final_round),
+        "method": method.text(),
+    }
+    options = ("density", "selection", "merge", "local_steps", "overlap_steps")
+    given = [name for name in options if not isinstance(getattr(args, name), Default)]
+    if args.coordinates is not None:
+        given.append("density")
+    return RunConfig(**settle(method, values, given))
 
 
 def _density(text: str) -> float:

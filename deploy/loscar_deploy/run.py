@@ -21,8 +21,8 @@ from loscar_deploy.client import Client
 from loscar_deploy.link import LinkFarm
 from loscar_deploy.link_spec import LinkSpec
 from loscar_deploy.model_file import load_model, save_model
-from loscar_deploy.options import RUN_OPTIONS
-from loscar_deploy.run_folder import RunFolder, settings_of
+from loscar_deploy.options import RUN_OPTIONS, Default
+from loscar_deploy.run_folder import RunFolder, distances_of, settings_of, valley_width
 from loscar_deploy.table import Progress
 from loscar_wire._generated import parameter_server_pb2 as pb
 from loscar_wire.transport import ClientSecurity, parse_address
@@ -33,7 +33,7 @@ START_TIMEOUT_S = 60.0
 END_TIMEOUT_S = 60.0
 EXIT_TIMEOUT_S = 2.0
 
-_TASK_OPTIONS = ("task", "data_dir", "lr", "partition", "seed")
+_TASK_OPTIONS = ("task", "data_dir", "lr", "partition", "seed", "method")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ def _flags(args: Namespace, names: Iterable[str]) -> list[str]:
     flags: list[str] = []
     for name in names:
         value = getattr(args, name)
-        if value is not None:
+        if value is not None and not isinstance(value, Default):
             flags.append(f"--{name.replace('_', '-')}={value}")  # in one piece: a value may begin with a dash
     return flags
 
@@ -292,7 +292,6 @@ class LocalRun:
         config = plan.config
         return {
             "task": plan.args.task,
-            "method": plan.args.method,
             **settings_of(config, plan.workers),
             "epoch": last.epoch,
             "first_round": last.first_round,
@@ -313,6 +312,7 @@ class LocalRun:
             "contributions": contributions,
             "reconnects": sum(w["reconnects"] for w in workers),
             "stopped": last.stop_reason,
+            **valley_width(distances_of(self._folder.worker_rounds(f"w{i}") for i in range(plan.workers))),
         }
 
     def _worker_figures(self, name: str, last: pb.StatusReply) -> dict[str, Any]:

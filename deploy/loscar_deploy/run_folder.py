@@ -7,6 +7,7 @@ import json
 import time
 from argparse import Namespace
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import tomli_w
 
 from loscar_core.config import RunConfig
 from loscar_core.errors import ConfigError
+from loscar_core.methods import parse_method
 from loscar_wire._generated import parameter_server_pb2 as pb
 
 RUNS = Path("runs")
@@ -126,10 +128,25 @@ class RunFolder:
             file.write(json.dumps(line) + "\n")
 
 
+def distances_of(rounds: Iterable[Path]) -> list[tuple[int, float]]:
+    """(round, distance) of all merges in workers' round logs; files that are not there have none."""
+    found = []
+    for path in rounds:
+        with contextlib.suppress(FileNotFoundError), path.open(encoding="utf-8") as file:
+            for line in file:
+                record = json.loads(line) if line.endswith("\n") else {}  # a killed worker's last line may be torn
+                if record.get("distance") is not None:
+                    found.append((record["round"], record["distance"]))
+    return found
+
+
 def settings_of(config: RunConfig, workers: int) -> dict[str, Any]:
     """What a summary says of a run's settings."""
+    method = parse_method(config.method)
     return {
-        "merge": config.merge.value,
+        "method": method.name,
+        "method_options": {k: getattr(v, "value", v) for k, v in method.settings().items()},
+        "merge": config.merge.value if method.uses_merge else None,
         "workers": workers,
         "density": config.density,
         "selection": config.selection.value,
@@ -138,6 +155,18 @@ def settings_of(config: RunConfig, workers: int) -> dict[str, Any]:
         "wire_dtype": config.value_type.value,
         "seed": config.seed,
     }
+
+
+def valley_width(distances: Sequence[tuple[int, float]]) -> dict[str, float]:
+    """The summary's entry of a method that holds workers at a distance: the mean distance to the average just after the
+    merge, over all workers and the last fifth of the rounds.
+
+    Args:
+        distances: (round, distance) of all merges that had one; without any the entry is left out.
+    """
+    last = max((round_ for round_, _ in distances), default=0)
+    late = [distance for round_, distance in distances if round_ > 0.8 * last]
+    return {"valley_width": sum(late) / len(late)} if late else {}
 
 
 def _fresh() -> Path:

@@ -21,6 +21,7 @@ from loscar_core import effects as fx
 from loscar_core.config import ServerLimits
 from loscar_core.errors import ConfigError
 from loscar_core.messages import HeartbeatReply, ServerMessage, WorkerMessage
+from loscar_core.methods import parse_method
 from loscar_core.replica import Floats
 from loscar_core.server_machine import ServerMachine
 from loscar_core.server_state import Phase
@@ -36,8 +37,10 @@ from loscar_worker.app import choose_device
 from loscar_worker.boundary import Pace, TrainingHalf
 from loscar_worker.connection import may_retry
 from loscar_worker.model import ModelView
+from loscar_worker.round_record import RoundRecord
 from loscar_worker.simulated import SimulatedBackground, SimulatedSession
 from loscar_worker.tasks.partition import Batches, partition
+from loscar_worker.trainer import Trainer
 
 FRAME_BYTES = 14
 """HTTP/2 and gRPC framing of one message, as a real stream adds it."""
@@ -108,8 +111,10 @@ class Simulation:
         model = task.make_model(seed)
         if plan.devices is not None:
             model = model.to(choose_device(plan.devices[index]))
-        optimizer = task.make_optimizer(model)
-        view = ModelView(model)
+        trainer = Trainer(
+            task, model, parse_method(plan.config.method), lambda _: self._make_batches(index, incarnation)
+        )
+        view = ModelView(model, vectors=trainer.vectors)
         identity = f"{index}-{incarnation}".encode().ljust(16, b".")
         engine = WorkerEngine(
             f"w{index}", identity, view.layout, view.vector(), view.statistics(), run_id=RUN_ID, slot=index
@@ -120,20 +125,14 @@ class Simulation:
             background,
             Pace(),
             clock=lambda: self._now,
-            on_round=None if self._recorder is None else partial(self._recorder.round, f"w{index}"),
+            on_round=partial(self._note_round, f"w{index}"),
             on_evaluation=lambda half, round_: self._collect(index, half, round_),
         )
-        share = partition(task.labels(), plan.partition, plan.workers, index, seed)
-        batch_size = task.batch_size if plan.batch_sizes is None else plan.batch_sizes[index]
-        batches = Batches(task.train, share, batch_size, seed=seed, slot=index, incarnation=incarnation)
+        session.follow(trainer)
         model.train()
 
         def train() -> None:
-            loss = task.loss(model, next(batches))
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            optimizer.zero_grad()
-            session.note_loss(loss)
+            session.note_loss(trainer.step())
 
         link, rng = plan.links[index], random.Random(f"{seed} {index}")
         outages = [(start, start + length) for start, length in link.outages]
@@ -149,6 +148,19 @@ class Simulation:
             wire_up=old.wire_up if old else 0,
             wire_down=old.wire_down if old else 0,
         )
+
+    def _make_batches(self, index: int, incarnation: int) -> Batches:
+        plan = self._plan
+        task, seed = plan.task, plan.config.seed
+        share = partition(task.labels(), plan.partition, plan.workers, index, seed)
+        batch_size = task.batch_size if plan.batch_sizes is None else plan.batch_sizes[index]
+        return Batches(task.train, share, batch_size, seed=seed, slot=index, incarnation=incarnation)
+
+    def _note_round(self, name: str, record: RoundRecord) -> None:
+        if record.distance is not None:
+            self._result.distances.append((record.round, record.distance))
+        if self._recorder is not None:
+            self._recorder.round(name, record)
 
     # --- time -----------------------------------------------------------------------------------------------
 

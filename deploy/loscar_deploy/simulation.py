@@ -11,7 +11,7 @@ from loscar_core.layout import Layout
 from loscar_core.replica import Floats
 from loscar_core.state import Position
 from loscar_deploy.link_spec import LinkSpec
-from loscar_deploy.run_folder import settings_of
+from loscar_deploy.run_folder import settings_of, valley_width
 from loscar_worker.model import ModelView
 from loscar_worker.tasks import Task
 
@@ -79,7 +79,8 @@ class SimulatedEvaluation:
 @dataclass
 class SimulationResult:
     """What a simulation found; `vectors` are the workers' parameters at the end, d float32 each, `ledgers` their
-    contributions by outcome."""
+    contributions by outcome, `distances` are (round, distance to the average) of merges by
+    methods that hold one."""
 
     virtual_seconds: float = 0.0
     rounds: int = 0
@@ -100,6 +101,7 @@ class SimulationResult:
     layout: Layout | None = None
     position: Position = Position()
     stopped: str = ""
+    distances: list[tuple[int, float]] = field(default_factory=list)
 
 
 def summary_of(plan: SimulationPlan, result: SimulationResult) -> dict[str, Any]:
@@ -110,13 +112,12 @@ def summary_of(plan: SimulationPlan, result: SimulationResult) -> dict[str, Any]
     if result.consensus is not None and result.statistics is not None:
         model = task.make_model(config.seed)
         view = ModelView(model)
-        view.load_vector(result.consensus)
+        view.load_vector(result.consensus[: view.layout.dimension])
         view.load_statistics(result.statistics)
         found = task.evaluate(model)
         loss, accuracy = found.loss, found.accuracy
     return {
         "task": task.name,
-        "method": "loscar",
         **settings_of(config, plan.workers),
         "epoch": 1,
         "first_round": 1,
@@ -141,4 +142,5 @@ def summary_of(plan: SimulationPlan, result: SimulationResult) -> dict[str, Any]
             for e in result.evaluations
         ],
         "stopped": result.stopped,
+        **valley_width(result.distances),
     }

@@ -24,6 +24,8 @@ _SELECTIONS = {
     SelectionKind.BLOCK: pb.SELECTION_BLOCK,
     SelectionKind.TOPK: pb.SELECTION_TOPK,
     SelectionKind.ALL: pb.SELECTION_ALL,
+    SelectionKind.HEAD: pb.SELECTION_HEAD,
+    SelectionKind.TAIL: pb.SELECTION_TAIL,
 }
 _SELECTIONS_BACK = {number: kind for kind, number in _SELECTIONS.items()}
 _VALUE_TYPES = {
@@ -212,6 +214,8 @@ def config_to_pb(config: RunConfig) -> pb.RunConfig:
         max_steps=config.max_steps,
         final_round=config.final_round.value,
         evaluate_every=config.evaluate_every,
+        method=config.method,
+        dependent=config.dependent,
     )
 
 
@@ -235,6 +239,8 @@ def config_from_pb(message: pb.RunConfig) -> RunConfig:
             max_steps=optional("max_steps"),
             final_round=FinalRound(message.final_round),
             evaluate_every=message.evaluate_every,
+            method=message.method,
+            dependent=message.dependent,
         )
     except ValueError as error:
         raise MalformedError(f"the run's configuration: {error}") from None

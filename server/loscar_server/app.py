@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -42,6 +43,9 @@ from loscar_wire.transport import (
     format_address,
     parse_address,
 )
+
+if TYPE_CHECKING:
+    from loscar_server.metrics import ServerMetrics
 
 log = logging.getLogger("loscar.server")
 
@@ -290,14 +294,22 @@ class ServerProcess:
             self._events.close()
 
 
-async def serve(options: ServerOptions, ready: Callable[[ServerProcess], None]) -> None:
+async def serve(
+    options: ServerOptions, ready: Callable[[ServerProcess], None], metrics: ServerMetrics | None = None
+) -> None:
     """Run a server until its run is over and it has lingered, or a signal ends it.
 
     The first SIGINT or SIGTERM ends the run with its final round, or the lingering; the second ends the process.
+
+    Args:
+        ready: called once it listens.
+        metrics: told what happens, and whose figures to show.
     """
-    process = ServerProcess(options)
-    await process.start()
     loop = asyncio.get_running_loop()
+    process = ServerProcess(options, None if metrics is None else metrics.note)
+    if metrics is not None:
+        metrics.watch(process.service, loop)
+    await process.start()
     leave = asyncio.Event()
     forced = asyncio.Event()
     signals = 0

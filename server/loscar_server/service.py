@@ -23,6 +23,7 @@ from loscar_core.replica import Floats
 from loscar_core.server_machine import ServerMachine
 from loscar_core.state import Position
 from loscar_server.admission import Context, Door, StreamLimits, stalled
+from loscar_server.refusals import Refusals
 from loscar_server.status import status_of
 from loscar_wire._generated import parameter_server_pb2 as pb
 from loscar_wire.mapping import decode_worker_message, encode_server_message
@@ -80,6 +81,11 @@ class ParameterService:
         self._copy: tuple[Position, Floats] | None = None  # of the model, while it is fetched
         self._no_streams = asyncio.Event()
         self._no_streams.set()
+
+    @property
+    def refusals(self) -> Refusals:
+        """Who was refused here."""
+        return self._door.refusals
 
     # --- streams --------------------------------------------------------------------------------------------
 
@@ -236,8 +242,8 @@ class ParameterService:
 
     async def status(self, data: bytes, context: Context) -> pb.StatusReply:
         await self._door.request(pb.StatusRequest, data, context)
-        now, refusals = time.monotonic(), self._door.refusals
-        return status_of(self.machine, now, self.bytes_in, self.bytes_out, self.first_round, refusals)
+        now = time.monotonic()
+        return status_of(self.machine, now, self.bytes_in, self.bytes_out, self.first_round, self.refusals)
 
     async def stop_run(self, data: bytes, context: Context) -> pb.StopReply:
         request = await self._door.request(pb.StopRequest, data, context)

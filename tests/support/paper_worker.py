@@ -2,7 +2,8 @@
 
     python paper_worker.py JOBS.json
 
-JOBS is a list of {"address", "name", "slot", "workers", "local", "overlap", "seed", "out"}; `out` gets the live vector
+JOBS is a list of {"address", "name", "slot", "workers", "local", "overlap", "seed", "method",
+"out"}; `out` gets the live vector
 at the run's end. Several runs in one process only save the import of torch: each has a session, a server and a model
 of its own.
 """
@@ -11,12 +12,16 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 
 import numpy as np
 import torch
 from tiny_task import PlainSgd
 
 import loscar_worker as loscar
+from loscar_core.methods import parse_method
+from loscar_core.methods.mixvr import MixVr
+from loscar_worker.mixvr import MixVrOptimizer
 from loscar_worker.tasks import load_task
 from loscar_worker.tasks.partition import Batches, partition
 
@@ -31,19 +36,21 @@ def main(path: str) -> None:
         optimizer = PlainSgd(list(model.parameters()), task.lr)
         indices = partition(task.labels(), "iid", job["workers"], job["slot"], job["seed"])
         batches = Batches(task.train, indices, task.batch_size, seed=job["seed"], slot=job["slot"])
-        with loscar.join(
-            job["address"],
-            model,
-            name=job["name"],
-            slot=job["slot"],
-            local_steps=job["local"],
-            overlap_steps=job["overlap"],
-        ) as session:
+        own = {"local_steps": job["local"], "overlap_steps": job["overlap"]}
+        method = parse_method(job["method"])
+        if isinstance(method, MixVr):
+            losses = (partial(task.loss, model, batch) for batch in batches)
+            mixvr = MixVrOptimizer(model, lr=task.lr, method=method, minibatch=partial(next, losses))
+            own |= {"vectors": mixvr.vectors, "companion": mixvr}
+        with loscar.join(job["address"], model, name=job["name"], slot=job["slot"], **own) as session:
             while not session.finished:
-                loss = task.loss(model, next(batches))
-                loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
+                if isinstance(method, MixVr):
+                    loss = mixvr.take_step(next(losses))
+                else:
+                    loss = task.loss(model, next(batches))
+                    loss.backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
                 session.step(loss=loss)
         vector = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
         np.save(job["out"], np.concatenate([vector.numpy(), [session.steps]]))

@@ -84,9 +84,10 @@ def configs() -> st.SearchStrategy[RunConfig]:
         "seed": st.integers(0, (1 << 63) - 1),
         "density": st.floats(0, 1, exclude_min=True),
         "coordinates": st.none() | st.integers(1, 1 << 40),
-        "selection": st.sampled_from([k for k in SelectionKind if k is not SelectionKind.TOPK]),
+        "selection": st.sampled_from([k for k in SelectionKind if k.value not in ("topk", "head", "tail")]),
         "sync_interval_s": positive,
         "duration_s": st.none() | positive,
+        "dependent": st.just(0) | st.integers(2, 64),
         "rounds": st.none() | st.integers(1, 1 << 60),
         "max_steps": st.none() | st.integers(1, 1 << 60),
     }
@@ -310,7 +311,7 @@ class MeteredRun:
         for slot in range(workers):
             start = np.zeros(dimension, np.float32)
             stats = np.ones(statistics, np.float32)
-            engine = WorkerEngine(f"w{slot}", slot.to_bytes(16, "big"), layout, start, stats, slot=slot)
+            engine = WorkerEngine(f"w{slot}", (slot + 1).to_bytes(16, "big"), layout, start, stats, slot=slot)
             if late:
                 anchor = engine.anchor
                 anchor.position, anchor.members = Position(LATE, LATE), workers

@@ -12,18 +12,24 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
 from safetensors.numpy import save
 
 from loscar_core.errors import ConfigError, InterruptedRunError, ServerLostError
+from loscar_core.layout import VECTOR_PREFIX
+from loscar_core.methods import parse_method
 from loscar_worker.boundary import TrainingHalf
 from loscar_worker.evaluation import EvaluationWriter, LiveVector
 from loscar_worker.session import RoundRecord, Session, join
 from loscar_worker.state_file import StateSaver, load_state, note_resumption
 from loscar_worker.tasks import Task, load_task
 from loscar_worker.tasks.partition import Batches, partition
+from loscar_worker.trainer import Trainer
+
+if TYPE_CHECKING:
+    from loscar_worker.metrics import WorkerMetrics
 
 log = logging.getLogger("loscar.worker")
 
@@ -56,6 +62,7 @@ class WorkerOptions:
             from when it is there.
         state_every_s: how often; a signal to leave saves it once more.
         parting_s: for how long at most a worker that leaves goes on contributing what it has; see `Session.part`.
+        method: the run's; only what it averages beside the model matters here, the options are the server's.
         rejoin: what becomes of own progress after a long absence, see `loscar_worker.join`.
     """
 
@@ -90,6 +97,7 @@ class WorkerOptions:
     state: Path | None = None
     state_every_s: float = 60.0
     parting_s: float = 0.0
+    method: str = "loscar"
     rejoin: str = "project"
 
 
@@ -140,12 +148,18 @@ class Stopper:
             os._exit(128 + number)
         self.asked = True
         when = "" if self._session is None else " after this step"
-        # Not by the log, which may be in the middle of a line.
-        os.write(2, f"leaving{when}; once more to stop at once\n".encode())
+        os.write(2, _log_line(f"leaving{when}; once more to stop at once"))
         if self._session is not None:
             self._session.interrupt()
         elif self._joining:
             raise KeyboardInterrupt
+
+
+def _log_line(text: str) -> bytes:
+    """A line as the log would write it, for a signal handler: the log itself may be in the middle of one."""
+    handlers = logging.getLogger().handlers
+    record = log.makeRecord(log.name, logging.INFO, __file__, 0, text, (), None)
+    return f"{handlers[0].format(record) if handlers else text}\n".encode(errors="replace")
 
 
 class StepTimer:
@@ -154,11 +168,13 @@ class StepTimer:
     Args:
         floor_s: shortest time of a step, slowdown included.
         slowdown: with no floor, how many times a step's own time is taken.
+        note: called with every step's seconds, or None.
     """
 
-    def __init__(self, floor_s: float, slowdown: float) -> None:
+    def __init__(self, floor_s: float, slowdown: float, note: Callable[[float], None] | None = None) -> None:
         self._floor_s = floor_s * slowdown
         self._slowdown = slowdown
+        self._note = note
         self.durations_s: deque[float] = deque(maxlen=DURATIONS_KEPT)
 
     def finish(self, started: float) -> None:
@@ -167,15 +183,27 @@ class StepTimer:
         wanted = max(self._floor_s, took * self._slowdown if self._floor_s == 0 else 0.0)
         if wanted > took:
             time.sleep(wanted - took)
-        self.durations_s.append(time.perf_counter() - started)
+        took = time.perf_counter() - started
+        self.durations_s.append(took)
+        if self._note is not None:
+            self._note(took)
 
     @property
     def median_s(self) -> float:
         return statistics.median(self.durations_s) if self.durations_s else 0.0
 
 
-def run_worker(options: WorkerOptions) -> int:
+def run_worker(
+    options: WorkerOptions,
+    metrics: WorkerMetrics | None = None,
+    on_join: Callable[[Session], None] | None = None,
+) -> int:
     """Train until the run is over or a signal asks to leave; returns the exit status.
+
+    Args:
+        options: see `WorkerOptions`.
+        metrics: told what happens, and whose figures to show.
+        on_join: called once the run has been joined.
 
     Raises:
         LoscarError: see `loscar_worker.join` and `Session.step`.
@@ -192,25 +220,32 @@ def run_worker(options: WorkerOptions) -> int:
     partition(task.labels(), options.partition, options.workers, options.slot or 0, options.seed)
     device = choose_device(options.device)
     model = task.make_model(options.seed).to(device)
-    optimizer = task.make_optimizer(model)
-    timer = StepTimer(options.step_time_s, options.slowdown)
+    saved = load_state(options.state)
+    trainer = Trainer(task, model, parse_method(options.method), lambda half: _batches(options, task, half, saved))
+    optimizer = trainer.optimizer
+    timer = StepTimer(options.step_time_s, options.slowdown, None if metrics is None else metrics.stepped)
     rounds = open(options.rounds_log, "w", encoding="utf-8") if options.rounds_log else None  # noqa: SIM115
     try:
-        saved = load_state(options.state)
         if saved is not None and options.state is not None:
             _load_optimizer(options, optimizer, saved)
             try:
                 saved = note_resumption(options.state, saved)
             except (LookupError, TypeError, ValueError):
                 raise ConfigError(f"--state {options.state} is no worker's state") from None
-        session = stopper.join(lambda: _join(options, model, rounds, saved))
+        session = stopper.join(lambda: _join(options, model, trainer, rounds, saved, metrics))
         with session:
-            batches = _batches(options, task, session, saved)
-            saver = StateSaver(options.state, options.state_every_s, session, optimizer, batches)
+            if metrics is not None:
+                metrics.joined(session)
+            if on_join is not None:
+                on_join(session)
+            if saved is not None:
+                log.info("%s goes on from %s after %d steps", session.name, options.state, session.steps)
+            log.info("%s joined run %s at slot %d", session.name, session.run_id, session.slot)
+            saver = StateSaver(options.state, options.state_every_s, session, optimizer, trainer.batches)
             if saved is not None and not session.finished:
                 # Before anything is contributed: what has been resumed from must not be resumed from twice.
                 saver.save()
-            _train(session, task, model, optimizer, batches, timer, stopper, saver)
+            _train(session, model, trainer, timer, stopper, saver)
             if not session.finished:
                 saver.save()
                 if options.parting_s > 0:
@@ -255,14 +290,21 @@ def _load_optimizer(options: WorkerOptions, optimizer: torch.optim.Optimizer, sa
 
 
 def _join(
-    options: WorkerOptions, model: torch.nn.Module, rounds: IO[str] | None, saved: dict[str, Any] | None
+    options: WorkerOptions,
+    model: torch.nn.Module,
+    trainer: Trainer,
+    rounds: IO[str] | None,
+    saved: dict[str, Any] | None,
+    metrics: WorkerMetrics | None,
 ) -> Session:
-    on_round: Callable[[RoundRecord], None] | None = None
+    on_round: Callable[[RoundRecord], None] | None = None if metrics is None else metrics.merged
     if rounds is not None:
         file = rounds
 
         def write_round(record: RoundRecord) -> None:
             file.write(json.dumps(asdict(record)) + "\n")
+            if metrics is not None:
+                metrics.merged(record)
 
         on_round = write_round
     on_evaluation: Callable[[TrainingHalf, int], None] | None = None
@@ -296,28 +338,24 @@ def _join(
         on_evaluation=on_evaluation,
         rejoin=options.rejoin,
         state=None if saved is None else saved["session"],
+        vectors=trainer.vectors,
+        companion=trainer,
     )
-    if saved is not None:
-        log.info("%s goes on from %s after %d steps", session.name, options.state, session.steps)
-    log.info("%s joined run %s at slot %d", session.name, session.run_id, session.slot)
     return session
 
 
-def _batches(options: WorkerOptions, task: Task, session: Session, saved: dict[str, Any] | None) -> Batches:
-    indices = partition(task.labels(), options.partition, options.workers, session.slot, options.seed)
+def _batches(options: WorkerOptions, task: Task, half: TrainingHalf, saved: dict[str, Any] | None) -> Batches:
+    slot = half.engine.slot
+    indices = partition(task.labels(), options.partition, options.workers, slot, options.seed)
     # Who joins a running run must not repeat the order of whoever had the slot before.
-    incarnation = 0 if session.joined_at_start else int.from_bytes(session.engine.incarnation[:4], "little")
+    incarnation = 0 if half.joined_at_start else int.from_bytes(half.engine.incarnation[:4], "little")
     kept = None if saved is None else saved["batches"]
-    if kept is not None and kept["slot"] != session.slot:
-        log.warning(
-            "slot %d is another worker's by now: the data of slot %d from their start", kept["slot"], session.slot
-        )
+    if kept is not None and kept["slot"] != slot:
+        log.warning("slot %d is another worker's by now: the data of slot %d from their start", kept["slot"], slot)
         kept = None
     if kept is not None:
         incarnation = kept["incarnation"]
-    batches = Batches(
-        task.train, indices, task.batch_size, seed=options.seed, slot=session.slot, incarnation=incarnation
-    )
+    batches = Batches(task.train, indices, task.batch_size, seed=options.seed, slot=slot, incarnation=incarnation)
     if kept is not None:
         batches.load_state_dict(kept)
     return batches
@@ -325,10 +363,8 @@ def _batches(options: WorkerOptions, task: Task, session: Session, saved: dict[s
 
 def _train(
     session: Session,
-    task: Task,
     model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batches: Batches,
+    trainer: Trainer,
     timer: StepTimer,
     stopper: Stopper,
     saver: StateSaver,
@@ -336,10 +372,7 @@ def _train(
     model.train()
     while not session.finished and not stopper.asked:
         started = time.perf_counter()
-        loss = task.loss(model, next(batches))
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        optimizer.zero_grad()
+        loss = trainer.step()
         timer.finish(started)
         try:
             session.step(loss=loss)
@@ -374,6 +407,8 @@ def save_live_model(path: Path, session: Session) -> None:
     values, start = session.live_values(), 0
     tensors = {}
     for segment in (*session.engine.layout.parameters, *session.engine.layout.statistics):
+        if segment.name.startswith(VECTOR_PREFIX):
+            continue
         tensors[segment.name] = values[start : start + segment.size].reshape(segment.shape)
         start += segment.size
     part = path.with_suffix(path.suffix + ".part")

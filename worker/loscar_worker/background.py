@@ -200,7 +200,7 @@ class Background:
             case Update():
                 self._updates.append(self._prepare(effect))
                 self.mailbox.delivered += 1
-                if not _is_progress(effect):
+                if not is_progress(effect):
                     self._changes["open"] = None
             case RoundOpen():
                 self._changes["open"] = OpenRound(effect, self._select(effect))
@@ -242,7 +242,7 @@ class Background:
         return ReadyUpdate(self.clock(), update, selected, anchor, new_anchor, sent)
 
 
-def _is_progress(update: Update) -> bool:
+def is_progress(update: Update) -> bool:
     """A live worker's unsent progress, for a newcomer: no anchor moves, so the open round stays open."""
     return update.plan is None and update.indices is None and update.statistics is None and not update.forget
 

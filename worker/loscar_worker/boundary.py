@@ -8,23 +8,28 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from loscar_core.config import RunConfig
 from loscar_core.errors import ConfigError
 from loscar_core.merge import MergeKind, RejoinKind, merge, projection
 from loscar_core.messages import WorkerReport
-from loscar_core.plan import RoundKind, RoundPlan
+from loscar_core.methods import Arrival, Merged, Method, parse_method
+from loscar_core.methods.loscar_sgd import LoscarSgd
+from loscar_core.plan import RoundKind, RoundPlan, is_dependent
 from loscar_core.replica import Floats, Indices
+from loscar_core.selection import SelectionKind
 from loscar_core.worker_cycle import Action, Cycle, Situation
 from loscar_core.worker_effects import RunEnded
 from loscar_core.worker_engine import WorkerEngine
-from loscar_worker.background import Background, OpenRound, ReadyUpdate
+from loscar_worker.background import Background, OpenRound, ReadyUpdate, is_progress
 from loscar_worker.model import ModelView
 from loscar_worker.round_record import RoundRecord
 
@@ -46,6 +51,26 @@ class Pace:
     local_steps: int | str | None = None
     sync_interval_s: float | None = None
     overlap_steps: int | str | None = None
+
+
+class Companion(Protocol):
+    """A method's part of the training that is done around averages; called by the training thread.
+
+    In runs whose rounds come in pairs, `dependent` tells the second round of a pair, which averages what was computed
+    from the first one's answer, from the first.
+    """
+
+    def begin(self, half: TrainingHalf) -> None:
+        """Training begins: the slot is known, the model is the run's, nothing has been contributed."""
+
+    def before_snapshot(self, dependent: bool) -> None:
+        """The next thing is this worker's contribution to a round."""
+
+    def before_merge(self, dependent: bool) -> None:
+        """An average is there; the model and the vectors are still what they were."""
+
+    def after_merge(self, dependent: bool) -> None:
+        """They are the average now."""
 
 
 class TrainingHalf:
@@ -101,7 +126,9 @@ class TrainingHalf:
         self._final_now = False
         self._merged = 0
         self._cycle = Cycle(1, 1.0, None, 0.0)
-        self._merge_kind = MergeKind.DELAY_CORRECTED
+        self._method: Method = LoscarSgd()
+        self._distance: float | None = None
+        self._companion: Companion | None = None
         self._max_steps: int | None = None
         self._unsent: NDArray[np.bool_] | None = None
         self._parting: Indices | None = None
@@ -123,13 +150,20 @@ class TrainingHalf:
         """t = 0 (or later, for a newcomer): the pace starts to count."""
         config = self.engine.config
         assert config is not None
-        self._merge_kind = config.merge
+        self._method = method_of(config, self._pace)
+        if set(self._method.vectors) != set(self._view.vectors):
+            raise ConfigError(
+                f"the run's method is {self._method.name}, which averages {_named(self._method.vectors)} beside the "
+                f"model; this worker has {_named(self._view.vectors)}: start it with --method {self._method.name}"
+            )
         self._max_steps = config.max_steps
         now = self._clock()
         self._cycle = cycle_of(self._pace, config.local_steps, config.sync_interval_s, config.overlap_steps, now)
         self._joined_s = max(0.0, self.engine.elapsed_s)
         self._t0 = now - self._joined_s
         self.joined_at_start = self.engine.anchor.position.round == 0
+        if self._companion is not None:
+            self._companion.begin(self)
 
     def note_step(self) -> None:
         """One optimizer step was taken."""
@@ -192,8 +226,8 @@ class TrainingHalf:
         )
 
     def live_values(self) -> Floats:
-        """The live parameters in logical order, then the statistics; a new float32 array."""
-        return np.concatenate([self._view.vector(), self._view.statistics()])
+        """The model's live parameters in logical order, then the statistics; a new float32 array."""
+        return np.concatenate([self._view.vector()[: self._view.model_dimension], self._view.statistics()])
 
     def start_parting(self) -> None:
         """There will be no more steps: what this worker has not contributed yet goes out round by round."""
@@ -244,6 +278,7 @@ class TrainingHalf:
                 if opened is not None and update is None and not opened.open.contributed
                 else None,
                 final=final,
+                at_once=opened is not None and self._is_at_once(opened.open.plan),
             )
             self._final_now = final
             match self._cycle.next(situation, self._clock()):
@@ -277,6 +312,8 @@ class TrainingHalf:
             if box.open is opened:
                 box.open = None
         plan = opened.open.plan
+        if self._companion is not None and not plan.kind.ends:
+            self._companion.before_snapshot(plan.selection is SelectionKind.TAIL)
         copy = self._view.gather(opened.selected)
         self._background.snapshot(
             plan.round,
@@ -306,15 +343,23 @@ class TrainingHalf:
         elif update.forget:
             self._view.write(ready.selected, ready.new_anchor)
             log.info("%s contributed after its state was saved: what may be counted is left out", self.engine.name)
-        elif update.long_absence and update.new_anchor.size:
+        elif update.long_absence and update.new_anchor.size and not self._method.follows:
             self._rejoin_after_absence(ready)
-        elif update.new_anchor.size:
-            kind = self._merge_kind if plan is not None else MergeKind.DELAY_CORRECTED
+        elif update.new_anchor.size and plan is not None:
+            dependent = plan.selection is SelectionKind.TAIL
+            if self._companion is not None:
+                self._companion.before_merge(dependent)
+            self._merge_by_method(ready)
+            if self._companion is not None:
+                self._companion.after_merge(dependent)
+        elif update.new_anchor.size and self._method.follows and not is_progress(update):
+            self._view.write(ready.selected, ready.new_anchor)
+        elif update.new_anchor.size and (not self._method.stays or is_progress(update)):
             with torch.no_grad():
                 live = self._view.read(ready.selected)
                 sent: Sequence[Tensor | None] = ready.sent if ready.sent is not None else [None] * len(live)
                 merged = [
-                    merge(kind, z, a, b, s)
+                    merge(MergeKind.DELAY_CORRECTED, z, a, b, s)
                     for z, a, b, s in zip(live, ready.anchor, ready.new_anchor, sent, strict=True)
                 ]
             self._view.write(ready.selected, merged)
@@ -331,6 +376,43 @@ class TrainingHalf:
         self._cycle.merged(own=own, now=self._clock())
         if plan is not None:
             self._note_round(plan, own, ready, self._clock() - started)
+
+    def _is_at_once(self, plan: RoundPlan) -> bool:
+        """Nothing is trained before the round: it is the second of a pair, or the first of all pairs."""
+        config = self.engine.config
+        assert config is not None
+        return config.dependent > 0 and not plan.kind.ends and (plan.round == 1 or is_dependent(config, plan.round))
+
+    def follow(self, companion: Companion) -> None:
+        """Have a method's own part of the training called around its averages; before the session begins."""
+        self._companion = companion
+
+    def _merge_by_method(self, ready: ReadyUpdate) -> None:
+        update = ready.update
+        with torch.no_grad():
+            arrival = Arrival(
+                self._view.read(ready.selected),
+                ready.anchor,
+                ready.new_anchor,
+                ready.sent,
+                update.whole,
+                update.new_anchor.size / self.engine.layout.dimension,
+                self._progress_of(update.round),
+            )
+            merged: Merged[Tensor] = self._method.merge(arrival)
+        self._view.write(ready.selected, merged.values)
+        self._distance = merged.distance
+
+    def _progress_of(self, round_: int) -> float:
+        """The share of the run that is over after that round, as far as its configuration says; 0 when it does not."""
+        config = self.engine.config
+        assert config is not None
+        shares = (
+            (round_, config.rounds),
+            (self.run_s, config.duration_s),
+            (self.steps, config.max_steps),
+        )
+        return min(1.0, max((done / whole for done, whole in shares if whole is not None), default=0.0))
 
     def _rejoin_after_absence(self, ready: ReadyUpdate) -> None:
         """x = c + u − β(c − a), so that progress which the others made too is not added twice."""
@@ -365,8 +447,10 @@ class TrainingHalf:
                 ready.update.sent is not None,
                 self.engine.bytes_up,
                 self.engine.bytes_down,
+                self._distance,
             )
             self._on_round(record)
+        self._distance = None
         self._waited_in_round = 0.0
         self._waits.clear()
         if plan.kind is RoundKind.EVALUATION and self._on_evaluation is not None:
@@ -378,6 +462,20 @@ class TrainingHalf:
             self._view.load_vector(ended.vector)
             self._view.load_statistics(ended.statistics)
         self.finished = True
+
+
+def _named(vectors: Iterable[str]) -> str:
+    return ", ".join(vectors) or "nothing"
+
+
+def method_of(config: RunConfig, pace: Pace) -> Method:
+    """The run's method. Raises ConfigError for one that is not known here, or whose pace is not this worker's."""
+    method = parse_method(config.method).with_merge(config.merge)
+    for name, own in (("local_steps", pace.local_steps), ("overlap_steps", pace.overlap_steps)):
+        fixed = method.demands()
+        if own is not None and name in fixed and own != fixed[name]:
+            raise ConfigError(f"{name.replace('_', ' ')} {own}: method {method.name} has {fixed[name]}")
+    return method
 
 
 def cycle_of(pace: Pace, local: int | None, interval: float, overlap: int | None, now: float) -> Cycle:

@@ -102,6 +102,7 @@ class Connection:
     ) -> None:
         self.engine = engine
         engine.other_servers = len(options.servers) > 1
+        self.connected = False
         self.reconnects = 0
         self.round_trip_s: float | None = None
         self._options = options
@@ -248,6 +249,7 @@ class Connection:
             await self._raise_cause(call, tasks)
         finally:
             self._outbox = None
+            self.connected = False
             self.engine.disconnected()
             for task in (*tasks, leaving):
                 task.cancel()
@@ -316,7 +318,7 @@ class Connection:
         ended.cancel()
 
     def _note_welcome(self) -> None:
-        self._joined = True
+        self._joined = self.connected = True
         self._welcomes += 1
         if self._welcomes > 1:
             self.reconnects += 1

@@ -9,7 +9,7 @@ float32 and rounded once, on store.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from loscar_core.errors import ConfigError, ModelChangedError
-from loscar_core.layout import Layout, Segment, offsets
+from loscar_core.layout import VECTOR_PREFIX, Layout, Segment, offsets
 from loscar_core.replica import Floats, Indices
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -45,16 +45,30 @@ class ModelView:
     Args:
         module: its trainable parameters are re-seated on flat storage at once; values do not change.
         statistics: names of further floating buffers to be averaged as absolute values.
+        vectors: further float32 vectors to be averaged along with the parameters, by name; they come after these and
+            are re-seated like them.
+
+    Attributes:
+        vectors: the names of the vectors.
+        model_dimension: coordinates of the module itself, without the vectors.
 
     Raises:
         ConfigError: nothing is trainable, or a name or dtype does not fit.
     """
 
-    def __init__(self, module: nn.Module, statistics: Iterable[str] = ()) -> None:
-        named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
+    def __init__(
+        self, module: nn.Module, statistics: Iterable[str] = (), vectors: Mapping[str, Tensor] | None = None
+    ) -> None:
+        named: list[tuple[str, Tensor]] = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
         for name, parameter in named:
             if parameter.dtype not in FLOATING:
                 raise ConfigError(f"parameter {name} has dtype {parameter.dtype}, which cannot be averaged")
+        self.vectors = tuple(vectors or ())
+        self.model_dimension = sum(p.numel() for _, p in named)
+        for name, vector in (vectors or {}).items():
+            if vector.dtype is not torch.float32 or vector.requires_grad:
+                raise ConfigError(f"vector {name} has to be float32 and without a gradient")
+            named.append((VECTOR_PREFIX + name, vector))
         self._parameters = [p for _, p in named]
         self._statistics = _statistics_of(module, set(statistics))
         self.layout = Layout(

@@ -23,6 +23,7 @@ class RoundRecord:
         waits: (from, to) of each of these waits, those of the final round too.
         included: the contribution is in the average.
         bytes_up, bytes_down: payload so far.
+        distance: to the average just after the merge, for methods that hold one (`dppf`); else None.
     """
 
     round: int
@@ -39,3 +40,4 @@ class RoundRecord:
     included: bool
     bytes_up: int
     bytes_down: int
+    distance: float | None = None

@@ -30,7 +30,7 @@ from loscar_core.worker_engine import WorkerEngine
 from loscar_core.worker_state import import_worker
 from loscar_wire.transport import ClientSecurity, parse_address
 from loscar_worker.background import Background, wait_changed
-from loscar_worker.boundary import Pace, TrainingHalf, cycle_of
+from loscar_worker.boundary import Companion, Pace, TrainingHalf, cycle_of
 from loscar_worker.connection import ConnectionOptions
 from loscar_worker.model import ModelView
 from loscar_worker.round_record import RoundRecord
@@ -160,6 +160,16 @@ class Session(TrainingHalf):
     def reconnects(self) -> int:
         return self._background.connection.reconnects
 
+    @property
+    def connected(self) -> bool:
+        """A server has welcomed this worker on a stream that is still open."""
+        return self._background.connection.connected
+
+    @property
+    def round_trip_s(self) -> float | None:
+        """Of the last heartbeat that was answered; None before."""
+        return self._background.connection.round_trip_s
+
     # --- saving ---------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
@@ -266,6 +276,8 @@ def join(
     on_evaluation: Callable[[TrainingHalf, int], None] | None = None,
     rejoin: str = "project",
     state: Mapping[str, Any] | None = None,
+    vectors: Mapping[str, Tensor] | None = None,
+    companion: Companion | None = None,
 ) -> Session:
     """Join a run: the model takes over the run's state, and its parameters become views of flat storage.
 
@@ -290,6 +302,8 @@ def join(
         state: from `Session.state_dict`: come back as the worker that saved it (its name and slot count), with its
             parameters and its unsent progress.
         on_evaluation: called right after an evaluation round was merged, with the session and the round.
+        vectors: float32 vectors that are averaged along with the model, by name; they are re-seated like parameters.
+        companion: a method's part of the training around averages, such as `MixVrOptimizer`.
 
     Raises:
         ConfigError: something about the arguments or the model.
@@ -310,7 +324,7 @@ def join(
     )
     pace = Pace(local_steps, sync_interval_s, overlap_steps)
     cycle_of(pace, 1, 1.0, None, 0.0)
-    view = ModelView(model, statistics)
+    view = ModelView(model, statistics, vectors)
     engine = WorkerEngine(
         default_name() if name is None else name,
         os.urandom(16),
@@ -324,6 +338,8 @@ def join(
     session = Session(
         view, engine, options, pace, on_round=on_round, on_evaluation=on_evaluation, rejoin=parse_rejoin(rejoin)
     )
+    if companion is not None:
+        session.follow(companion)
     if state is not None:
         try:
             arrays = {name: tensor.numpy() for name, tensor in state["arrays"].items()}

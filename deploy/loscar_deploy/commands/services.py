@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from argparse import Namespace
 from pathlib import Path
 
 from loscar_core.errors import ConfigError
+from loscar_deploy import logs
 from loscar_deploy import options as o
 from loscar_deploy.commands import Declare, download, print_json, quiet_grpc, require_torch
 
+log = logging.getLogger("loscar")
+
 _MOST_SLOTS = 1 << 32  # the wire's; a server's own limit is --max-members
 _MOST_THREADS = 4096
+_METRICS = "serve Prometheus metrics here; port 0 takes a free one"
+_LOG_FORMAT = "text, JSON lines, or auto: JSON lines where standard error is no terminal"
 
 
 def _server(args: Namespace) -> int:
+    logs.know(role="server")
     import uvloop
 
+    from loscar_deploy.metrics_endpoint import metrics_at
     from loscar_server.admission import StreamLimits
-    from loscar_server.app import ServerOptions, ServerProcess, serve
+    from loscar_server.app import ServerOptions, ServerProcess, run_id_bytes, serve
 
     workers = None if args.workers is None else o.whole("--workers", args.workers, 1)
     server = ServerOptions(
@@ -40,61 +48,97 @@ def _server(args: Namespace) -> int:
     )
     if args.resume and args.checkpoints is None:
         raise ConfigError("--resume needs --checkpoints: the folder to go on from")
+    if server.run_id is not None:
+        logs.know(run_id=run_id_bytes(server.run_id).hex())
 
-    def ready(process: ServerProcess) -> None:
-        if args.json:
-            print_json({"listening": process.address, "run_id": process.run_id.hex()})
-        else:
-            print(f"listening on {process.address}, run {process.run_id.hex()}", flush=True)
+    with metrics_at(o.given("--metrics", args.metrics)) as endpoint:
+        metrics = None
+        if endpoint is not None:
+            from loscar_server.metrics import ServerMetrics
 
-    uvloop.run(serve(server, ready))
+            metrics = ServerMetrics()
+            endpoint.serve(metrics)
+
+        def ready(process: ServerProcess) -> None:
+            told = {"listening": process.address, "run_id": process.run_id.hex()}
+            if endpoint is not None:
+                told["metrics"] = endpoint.address
+            logs.know(run_id=told["run_id"])
+            if args.json:
+                print_json(told)
+            else:
+                also = "" if endpoint is None else f", metrics at http://{endpoint.address}/metrics"
+                print(f"listening on {told['listening']}, run {told['run_id']}{also}", flush=True)
+
+        uvloop.run(serve(server, ready, metrics))
     return 0
 
 
 def _worker(args: Namespace) -> int:
+    logs.know(role="worker")
     require_torch()
     quiet_grpc()
+    from loscar_core.methods import parse_method
+    from loscar_deploy.metrics_endpoint import metrics_at
     from loscar_server.app import run_id_bytes
     from loscar_worker.app import WorkerOptions, run_worker
+    from loscar_worker.session import Session, default_name
 
     if args.download:
         download(args)
-    return run_worker(
-        WorkerOptions(
-            servers=args.server,
-            task=args.task,
-            data_dir=args.data_dir,
-            name=o.given("--name", args.name),
-            slot=None if args.slot is None else o.whole("--slot", args.slot, most=_MOST_SLOTS - 1),
-            token=o.token(args),
-            run_id=run_id_bytes(args.run_id) if o.given("--run-id", args.run_id) else b"",
-            local_steps=_pace("--local-steps", args.local_steps),
-            sync_interval_s=None if args.sync_interval is None else o.seconds("--sync-interval", args.sync_interval),
-            overlap_steps=_pace("--overlap-steps", args.overlap_steps),
-            workers=None if args.workers is None else o.whole("--workers", args.workers, 1),
-            partition=args.partition,
-            seed=o.whole("--seed", args.seed),
-            slowdown=o.slowdowns(args.slowdown, 1)[0],
-            step_time_s=o.seconds("--step-time", args.step_time),
-            batch_size=None if args.batch_size is None else o.whole("--batch-size", args.batch_size, 1),
-            lr=None if args.lr is None else o.number("--lr", args.lr),
-            device=args.device,
-            threads=None if args.threads is None else o.whole("--threads", args.threads, 1, _MOST_THREADS),
-            connect_timeout_s=o.seconds("--connect-timeout", args.connect_timeout),
-            server_timeout_s=o.seconds("--server-timeout", args.server_timeout),
-            tls_ca=args.tls_ca,
-            tls_cert=args.tls_cert,
-            tls_key=args.tls_key,
-            result=args.result,
-            rounds_log=args.rounds_log,
-            save_model=args.save_model,
-            evaluation=args.evaluation,
-            state=args.state,
-            state_every_s=o.seconds("--state-every", args.state_every),
-            parting_s=o.seconds("--parting", args.parting),
-            rejoin=args.rejoin,
-        )
+    run_id = run_id_bytes(args.run_id) if o.given("--run-id", args.run_id) else b""
+    worker = WorkerOptions(
+        servers=args.server,
+        task=args.task,
+        data_dir=args.data_dir,
+        name=o.given("--name", args.name) or default_name(),
+        slot=None if args.slot is None else o.whole("--slot", args.slot, most=_MOST_SLOTS - 1),
+        token=o.token(args),
+        run_id=run_id,
+        local_steps=_pace("--local-steps", args.local_steps),
+        sync_interval_s=None if args.sync_interval is None else o.seconds("--sync-interval", args.sync_interval),
+        overlap_steps=_pace("--overlap-steps", args.overlap_steps),
+        workers=None if args.workers is None else o.whole("--workers", args.workers, 1),
+        partition=args.partition,
+        seed=o.whole("--seed", args.seed),
+        slowdown=o.slowdowns(args.slowdown, 1)[0],
+        step_time_s=o.seconds("--step-time", args.step_time),
+        batch_size=None if args.batch_size is None else o.whole("--batch-size", args.batch_size, 1),
+        lr=None if args.lr is None else o.number("--lr", args.lr),
+        device=args.device,
+        threads=None if args.threads is None else o.whole("--threads", args.threads, 1, _MOST_THREADS),
+        connect_timeout_s=o.seconds("--connect-timeout", args.connect_timeout),
+        server_timeout_s=o.seconds("--server-timeout", args.server_timeout),
+        tls_ca=args.tls_ca,
+        tls_cert=args.tls_cert,
+        tls_key=args.tls_key,
+        result=args.result,
+        rounds_log=args.rounds_log,
+        save_model=args.save_model,
+        evaluation=args.evaluation,
+        state=args.state,
+        state_every_s=o.seconds("--state-every", args.state_every),
+        parting_s=o.seconds("--parting", args.parting),
+        method=parse_method(args.method).text(),
+        rejoin=args.rejoin,
     )
+    if worker.name is not None:
+        logs.know(worker=worker.name)
+    if run_id:
+        logs.know(run_id=run_id.hex())
+
+    def joined(session: Session) -> None:
+        logs.know(worker=session.name, run_id=session.run_id)
+
+    with metrics_at(o.given("--metrics", args.metrics)) as endpoint:
+        metrics = None
+        if endpoint is not None:
+            from loscar_worker.metrics import WorkerMetrics
+
+            metrics = WorkerMetrics()
+            endpoint.serve(metrics)
+            log.info("metrics at http://%s/metrics", endpoint.address)
+        return run_worker(worker, metrics, joined)
 
 
 def _pace(option: str, text: str | None) -> int | str | None:
@@ -126,6 +170,8 @@ def declare(command: Declare) -> None:
     server.add_argument("--workers", metavar="N", help="round 1 waits for so many workers")
     server.add_argument("--linger", metavar="TIME", default="5m", help="serve the final model so long after the end")
     server.add_argument("--json", action="store_true", help="say where it listens as JSON")
+    server.add_argument("--metrics", metavar="HOST:PORT", help=_METRICS)
+    server.add_argument("--log-format", default="text", choices=logs.FORMATS, help=_LOG_FORMAT)
     server.add_argument("--events", metavar="FILE", type=Path, help="append a JSON line for every event and round")
     o.add_run(server)
     o.add_limits(server)
@@ -154,9 +200,12 @@ def declare(command: Declare) -> None:
     worker.add_argument(
         "--parting", metavar="TIME", default="5s", help="hand over what it has before it leaves, so long"
     )
+    worker.add_argument("--method", metavar="NAME", default="loscar", help="the run's, when that is mixvr")
     worker.add_argument("--rejoin", metavar="HOW", default="project", help="after a long absence: project, keep, drop")
     worker.add_argument("--evaluation", type=Path, help=argparse.SUPPRESS)
     worker.add_argument("--save-model", metavar="FILE", type=Path, help="write the model as this worker leaves with it")
+    worker.add_argument("--metrics", metavar="HOST:PORT", help=_METRICS)
+    worker.add_argument("--log-format", default="text", choices=logs.FORMATS, help=_LOG_FORMAT)
     worker.add_argument("--rounds-log", metavar="FILE", type=Path, help="write a JSON line here for every round")
     o.add_task(worker)
     o.add_client(worker)

@@ -15,6 +15,8 @@ class Selection(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     SELECTION_BLOCK: _ClassVar[Selection]
     SELECTION_TOPK: _ClassVar[Selection]
     SELECTION_ALL: _ClassVar[Selection]
+    SELECTION_HEAD: _ClassVar[Selection]
+    SELECTION_TAIL: _ClassVar[Selection]
 
 class ValueType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -50,6 +52,8 @@ SELECTION_SWEEP: Selection
 SELECTION_BLOCK: Selection
 SELECTION_TOPK: Selection
 SELECTION_ALL: Selection
+SELECTION_HEAD: Selection
+SELECTION_TAIL: Selection
 VALUE_TYPE_UNSPECIFIED: ValueType
 VALUE_TYPE_FLOAT32: ValueType
 VALUE_TYPE_BFLOAT16: ValueType
@@ -187,7 +191,7 @@ class InclusionTable(_message.Message):
     def __init__(self, incarnations: _Optional[bytes] = ..., rounds: _Optional[_Iterable[int]] = ..., mask_of: _Optional[_Iterable[int]] = ..., masks: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class RunConfig(_message.Message):
-    __slots__ = ("seed", "density", "coordinates", "selection", "value_type", "merge", "local_steps", "sync_interval_s", "overlap_steps", "rounds", "duration_s", "max_steps", "final_round", "evaluate_every")
+    __slots__ = ("seed", "density", "coordinates", "selection", "value_type", "merge", "local_steps", "sync_interval_s", "overlap_steps", "rounds", "duration_s", "max_steps", "final_round", "evaluate_every", "method", "dependent")
     SEED_FIELD_NUMBER: _ClassVar[int]
     DENSITY_FIELD_NUMBER: _ClassVar[int]
     COORDINATES_FIELD_NUMBER: _ClassVar[int]
@@ -202,6 +206,8 @@ class RunConfig(_message.Message):
     MAX_STEPS_FIELD_NUMBER: _ClassVar[int]
     FINAL_ROUND_FIELD_NUMBER: _ClassVar[int]
     EVALUATE_EVERY_FIELD_NUMBER: _ClassVar[int]
+    METHOD_FIELD_NUMBER: _ClassVar[int]
+    DEPENDENT_FIELD_NUMBER: _ClassVar[int]
     seed: int
     density: float
     coordinates: int
@@ -216,7 +222,9 @@ class RunConfig(_message.Message):
     max_steps: int
     final_round: str
     evaluate_every: int
-    def __init__(self, seed: _Optional[int] = ..., density: _Optional[float] = ..., coordinates: _Optional[int] = ..., selection: _Optional[_Union[Selection, str]] = ..., value_type: _Optional[_Union[ValueType, str]] = ..., merge: _Optional[str] = ..., local_steps: _Optional[int] = ..., sync_interval_s: _Optional[float] = ..., overlap_steps: _Optional[int] = ..., rounds: _Optional[int] = ..., duration_s: _Optional[float] = ..., max_steps: _Optional[int] = ..., final_round: _Optional[str] = ..., evaluate_every: _Optional[int] = ...) -> None: ...
+    method: str
+    dependent: int
+    def __init__(self, seed: _Optional[int] = ..., density: _Optional[float] = ..., coordinates: _Optional[int] = ..., selection: _Optional[_Union[Selection, str]] = ..., value_type: _Optional[_Union[ValueType, str]] = ..., merge: _Optional[str] = ..., local_steps: _Optional[int] = ..., sync_interval_s: _Optional[float] = ..., overlap_steps: _Optional[int] = ..., rounds: _Optional[int] = ..., duration_s: _Optional[float] = ..., max_steps: _Optional[int] = ..., final_round: _Optional[str] = ..., evaluate_every: _Optional[int] = ..., method: _Optional[str] = ..., dependent: _Optional[int] = ...) -> None: ...
 
 class Hello(_message.Message):
     __slots__ = ("protocol_version", "run_id", "name", "incarnation", "slot", "observer", "layout", "vector_checksum", "epoch", "members", "position", "digest", "lineage", "recent", "capabilities", "weight", "partial")

@@ -1,0 +1,31 @@
+"""LOSCAR-SGD itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from loscar_core.merge import MergeKind, merge
+from loscar_core.methods.base import Arrival, Merged, Method, V
+
+
+@dataclass(frozen=True)
+class LoscarSgd(Method):
+    """Sparse rounds whose average is merged late, with the steps taken meanwhile kept (or, to compare, overwritten)."""
+
+    name = "loscar"
+    summary = "sparse, overlapped Local SGD with the delay-corrected merge (or --merge overwrite)"
+    source = "LOSCAR-SGD, arXiv 2605.20866"
+
+    kind: MergeKind = field(default=MergeKind.DELAY_CORRECTED, metadata={"option": False})
+
+    @property
+    def uses_merge(self) -> bool:
+        return True
+
+    def with_merge(self, kind: MergeKind) -> LoscarSgd:
+        return replace(self, kind=kind)
+
+    def merge(self, arrival: Arrival[V]) -> Merged[V]:
+        sent = arrival.sent if arrival.sent is not None else [None] * len(arrival.live)
+        pieces = zip(arrival.live, arrival.anchor, arrival.new_anchor, sent, strict=True)
+        return Merged([merge(self.kind, z, a, b, s) for z, a, b, s in pieces])

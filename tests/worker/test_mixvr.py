@@ -1,0 +1,129 @@
+"""Local MixVR: its budget, its weights, and workers that come late."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from loscar_core.config import RunConfig
+from loscar_core.errors import ConfigError
+from loscar_core.methods import parse_method, settle
+from loscar_core.methods.mixvr import MixVr, MixVrSchedule
+from loscar_core.plan import RoundKind, is_dependent, plan_round
+from loscar_core.selection import SelectionKind
+from loscar_deploy.link_spec import LinkSpec
+from loscar_deploy.simulate import Simulation
+from loscar_deploy.simulation import SimulationPlan
+from loscar_worker.mixvr import MixVrOptimizer
+from loscar_worker.tasks import load_task
+
+
+@pytest.mark.parametrize(
+    ("budget", "share", "local", "averaging"), [(16, 0.1, 14, 2), (10, 0.1, 9, 1), (2, 0.5, 1, 1), (100, 0.29, 71, 29)]
+)
+def test_the_budget_is_split(budget: int, share: float, local: int, averaging: int) -> None:
+    method = MixVr(budget, share)
+    assert (method.local_steps, method.averaging_batches) == (local, averaging)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("mixvr:budget=4,share=0.9", "leave 0 local steps and 4 minibatches"),
+        ("mixvr:budget=1", "leave 0 local steps and 1 minibatches"),
+        ("mixvr:share=0", "outside \\(0, 1\\)"),
+        ("mixvr:share=1", "outside \\(0, 1\\)"),
+        ("mixvr:gamma=0", "gamma=0 is outside"),
+        ("mixvr:beta=2", "beta=2 is outside"),
+        ("mixvr:budget=many", "not a number"),
+    ],
+)
+def test_bad_options_are_refused(text: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        parse_method(text)
+
+
+def run_config(text: str, **values: object) -> RunConfig:
+    method = parse_method(text)
+    return RunConfig(**settle(method, values | {"method": method.text()}, ()))
+
+
+def test_its_local_steps_are_the_budget_s() -> None:
+    config = run_config("mixvr:budget=8,share=0.25")
+    assert (config.local_steps, config.overlap_steps, config.dependent) == (6, 0, 3)
+    with pytest.raises(ConfigError, match="--local-steps 5 is not mixvr, which has 6"):
+        settle(parse_method("mixvr:budget=8,share=0.25"), {"local_steps": 5}, ["local_steps"])
+
+
+def test_rounds_come_in_pairs() -> None:
+    config = run_config("mixvr", rounds=10)
+    first, second = (plan_round(config, 30, r, stopping=False) for r in (5, 6))
+    assert (first.selection, second.selection) == (SelectionKind.HEAD, SelectionKind.TAIL)
+    assert first.indices(0, 30).tolist() == list(range(20))
+    assert second.indices(0, 30).tolist() == list(range(20, 30))
+    assert [is_dependent(config, r) for r in (1, 2, 3, 4)] == [False, True, False, True]
+    assert not is_dependent(RunConfig(), 2)
+    assert plan_round(config, 30, 11, stopping=False).kind is RoundKind.FINAL
+    with pytest.raises(ConfigError, match="3 vectors of 2 values"):
+        config.count(2)
+
+
+def test_weights() -> None:
+    theory = MixVr()
+    assert theory.weights(1) == (1.0, 2 / 3, 1.0)
+    assert theory.weights(8) == (8.0, 0.2, 0.125)
+    assert MixVr(schedule=MixVrSchedule.FIXED, gamma=0.9, beta=0.2).weights(8) == (1.0, 0.9, 0.2)
+
+
+def test_alone_and_without_noise_it_finds_the_minimum() -> None:
+    """The theory's schedule on a quadratic, with η = 1/(8 L T)."""
+    scales = torch.tensor([1.0, 0.5, 0.1])
+    model = nn.Linear(3, 1, bias=False)
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+
+    def loss() -> torch.Tensor:
+        return 0.5 * (scales * model.weight[0] ** 2).sum()
+
+    steps = 400
+    optimizer = MixVrOptimizer(model, lr=1 / (8 * steps), method=MixVr(), minibatch=lambda: loss)
+    optimizer.vectors["d"].copy_(scales)  # the gradient at the start
+    losses = [float(optimizer.step(loss)) for _ in range(steps)]
+    assert optimizer.t == steps + 1
+    assert losses[-1] < 0.02 * losses[0]
+    with pytest.raises(TypeError, match="closure"):
+        optimizer.step()
+
+
+def test_its_state_survives() -> None:
+    model = nn.Linear(3, 1)
+    made = partial(MixVrOptimizer, lr=0.1, method=MixVr(), minibatch=lambda: lambda: model.weight.sum())
+    optimizer = made(model)
+    for _ in range(3):
+        optimizer.take_step(lambda: (model.weight**2).sum())
+    again = made(model)
+    again.load_state_dict(optimizer.state_dict())
+    assert again.t == optimizer.t == 4
+    assert again.state_dict() == optimizer.state_dict()
+
+
+def test_workers_that_die_and_come_back_take_the_averages_over() -> None:
+    """The newcomers' estimators belong to the model that they were given: the run learns as it does in peace."""
+    task = load_task("digits", batch_size=16)
+    config = run_config("mixvr:budget=8,schedule=fixed", rounds=60, evaluate_every=20, seed=3)
+    found = []
+    for churn in (0.0, 0.34):
+        plan = SimulationPlan(
+            task, config, 3, (LinkSpec(),) * 3, (0.01,) * 3, churn=churn, churn_every_s=0.4, away_s=0.1
+        )
+        result = Simulation(plan).run()
+        counts = result.contributions
+        assert counts["sent"] == counts["included"] + counts["returned"] + counts["outstanding"]
+        found.append((result.deaths, result.evaluations[-1].loss))
+    (no_deaths, in_peace), (deaths, disturbed) = found
+    assert no_deaths == 0
+    assert deaths >= 3
+    assert disturbed < 1.5 * in_peace

@@ -1,0 +1,165 @@
+"""Local MixVR's optimizer: double momentum with two gradients on the same samples; see `loscar_core.methods.mixvr`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loscar_core.methods.mixvr import MixVr
+from loscar_worker.boundary import TrainingHalf
+
+Loss = Callable[[], Tensor]
+"""The loss of some samples at the model as it is now: calling it twice must be about the same samples."""
+
+
+class MixVrOptimizer(torch.optim.Optimizer):
+    """Any model, any loss. The query point x is the model's trainable parameters.
+
+    For one's own loop:
+
+        method = parse_method("mixvr:budget=16,share=0.1")
+        optimizer = MixVrOptimizer(model, lr=0.05, method=method, minibatch=lambda: loss_of(next(batches)))
+        with loscar.join(server, model, vectors=optimizer.vectors, companion=optimizer) as session:
+            while not session.finished:
+                optimizer.take_step(loss_of(next(batches)))
+                session.step()
+
+    Args:
+        model: its trainable parameters, float32.
+        lr: η.
+        method: the run's.
+        minibatch: makes the loss of fresh samples: ⌈αK⌉ of them are drawn for each synchronisation.
+
+    Attributes:
+        vectors: w and d, to be averaged along with the model; d_model float32 each, in the parameters' order.
+        t: the next step's number, from 1.
+    """
+
+    def __init__(self, model: nn.Module, *, lr: float, method: MixVr, minibatch: Callable[[], Loss]) -> None:
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        super().__init__(self._parameters, {"lr": lr})
+        self._method = method
+        self._minibatch = minibatch
+        start = torch.cat([p.detach().reshape(-1).float() for p in self._parameters])
+        self.vectors = {"w": start.clone(), "d": torch.zeros_like(start)}
+        self.t = 1
+        self._begun = False
+        self._before: list[Tensor] | None = None
+
+    # --- training -------------------------------------------------------------------------------------------
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """`take_step` by another name: the closure is the loss of this step's samples, without its `backward`."""
+        if closure is None:
+            raise TypeError("MixVR computes two gradients on the same samples: step(closure) needs the closure")
+        return self.take_step(closure)
+
+    def take_step(self, loss: Loss) -> Tensor:
+        """One local step; returns the loss at the point before it, detached."""
+        value, old = self._gradients(loss)
+        factor = self._move()
+        _, new = self._gradients(loss)
+        self._estimate(new, old, factor)
+        return value
+
+    def _move(self) -> float:
+        """w ← w − η t d, x ← γ w + (1 − γ) x, t ← t + 1; returns β of the new t."""
+        factor, gamma, _ = self._method.weights(self.t)
+        w, d = self.vectors["w"], self.vectors["d"]
+        with torch.no_grad():
+            w.sub_(d, alpha=self.param_groups[0]["lr"] * factor)
+            for x, part in zip(self._parameters, self._pieces(w), strict=True):
+                x.lerp_(part, gamma)
+        self.t += 1
+        return self._method.weights(self.t)[2]
+
+    def _estimate(self, new: list[Tensor], old: list[Tensor], beta: float) -> None:
+        """d ← new + (1 − β)(d − old)"""
+        with torch.no_grad():
+            for d, a, b in zip(self._pieces(self.vectors["d"]), new, old, strict=True):
+                d.sub_(b).mul_(1.0 - beta).add_(a)
+
+    def _gradients(self, loss: Loss) -> tuple[Tensor, list[Tensor]]:
+        with torch.enable_grad():
+            value = loss()
+            found = torch.autograd.grad(value, self._parameters, allow_unused=True)
+        pairs = zip(found, self._parameters, strict=True)
+        return value.detach(), [torch.zeros_like(p) if g is None else g for g, p in pairs]
+
+    def _pieces(self, vector: Tensor) -> Iterator[Tensor]:
+        start = 0
+        for p in self._parameters:
+            yield vector[start : start + p.numel()].view(p.shape)
+            start += p.numel()
+
+    # --- around averages ------------------------------------------------------------------------------------
+
+    def begin(self, half: TrainingHalf) -> None:
+        """A newcomer takes the estimator over with the model, and the time from the rounds that it has missed."""
+        round = half.engine.anchor.position.round
+        self._begun = self._begun or round > 1
+        if self.t == 1:
+            self.t += (round // 2) * (self._method.local_steps + 1)
+        if round == 0:
+            with torch.no_grad():
+                for x, part in zip(self._parameters, self._pieces(self.vectors["w"]), strict=True):
+                    part.copy_(x)
+
+    def before_snapshot(self, dependent: bool) -> None:
+        if not dependent:
+            self._remember()
+
+    def before_merge(self, dependent: bool) -> None:
+        if not dependent and self._before is None:
+            self._remember()  # the average is there before this worker has got to it
+
+    def _remember(self) -> None:
+        """What the estimator belongs to, and then the move that every synchronisation begins with."""
+        self._before = [x.detach().clone() for x in self._parameters]
+        if self._begun:
+            self._move()
+
+    def after_merge(self, dependent: bool) -> None:
+        if dependent:
+            return
+        before, self._before = self._before, None
+        assert before is not None
+        batches = [self._minibatch() for _ in range(self._method.averaging_batches)]
+        here = self._mean_gradients(batches)
+        if not self._begun:
+            # There is no estimator yet: the gradient itself is.
+            self._begun = True
+            self._estimate(here, here, 1.0)
+            return
+        average = [x.detach().clone() for x in self._parameters]
+        self._place(before)
+        there = self._mean_gradients(batches)
+        self._place(average)
+        self._estimate(here, there, self._method.weights(self.t)[2])
+
+    def _place(self, values: list[Tensor]) -> None:
+        with torch.no_grad():
+            for x, value in zip(self._parameters, values, strict=True):
+                x.copy_(value)
+
+    def _mean_gradients(self, batches: list[Loss]) -> list[Tensor]:
+        total = [torch.zeros_like(p) for p in self._parameters]
+        for loss in batches:
+            _, found = self._gradients(loss)
+            for t, g in zip(total, found, strict=True):
+                t.add_(g, alpha=1.0 / len(batches))
+        return total
+
+    # --- saving ---------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """With t; w and d are in the session's state, with the model."""
+        return {**super().state_dict(), "t": self.t, "begun": self._begun}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        state = dict(state_dict)
+        self.t, self._begun = state.pop("t"), state.pop("begun")
+        super().load_state_dict(state)
