@@ -98,6 +98,39 @@ def test_alone_and_without_noise_it_finds_the_minimum() -> None:
         optimizer.step()
 
 
+def test_a_synchronisation_that_came_to_nothing_is_a_step() -> None:
+    """The worker was too late for the round: it moves once, and the estimator stays that of a step."""
+    model = nn.Linear(4, 1, bias=False)
+    made = partial(
+        MixVrOptimizer,
+        lr=0.1,
+        method=MixVr(schedule=MixVrSchedule.FIXED, gamma=0.8, beta=0.3),
+        minibatch=lambda: lambda: model.weight.sum(),
+    )
+
+    def loss() -> torch.Tensor:
+        return (model.weight**3).sum()
+
+    found = []
+    start = model.weight.detach().clone()
+    for rejected in (False, True):
+        with torch.no_grad():
+            model.weight.copy_(start)
+        optimizer = made(model)
+        optimizer.vectors["d"].fill_(1.0)
+        optimizer._begun = True
+        if rejected:
+            optimizer.before_snapshot(False)
+            optimizer.before_snapshot(False)
+        optimizer.take_step(loss)
+        optimizer.take_step(loss)
+        found.append((optimizer.t, model.weight.detach().clone(), optimizer.vectors["d"].clone()))
+    (t, x, d), (t_again, x_again, d_again) = found
+    assert t == t_again == 3
+    torch.testing.assert_close(x, x_again)
+    torch.testing.assert_close(d, d_again)
+
+
 def test_its_state_survives() -> None:
     model = nn.Linear(3, 1)
     made = partial(MixVrOptimizer, lr=0.1, method=MixVr(), minibatch=lambda: lambda: model.weight.sum())

@@ -342,7 +342,10 @@ class TrainingHalf:
             self._view.write(ready.selected, ready.new_anchor)
         elif update.forget:
             self._view.write(ready.selected, ready.new_anchor)
-            log.info("%s goes on from the consensus: what it had not sent may be counted already, and is left out", self.engine.name)
+            log.info(
+                "%s goes on from the consensus: what it had not sent may be counted already, and is left out",
+                self.engine.name,
+            )
         elif update.long_absence and update.new_anchor.size and not self._method.follows:
             self._rejoin_after_absence(ready)
         elif update.new_anchor.size and plan is not None:

@@ -59,10 +59,19 @@ class MixVrOptimizer(torch.optim.Optimizer):
 
     def take_step(self, loss: Loss) -> Tensor:
         """One local step; returns the loss at the point before it, detached."""
-        value, old = self._gradients(loss)
-        factor = self._move()
+        if self._before is None:
+            value, old = self._gradients(loss)
+            beta = self._move()
+        else:
+            # A synchronisation had begun, and its round was over before this worker was in it: its move is this step's.
+            before, self._before = self._before, None
+            here = [x.detach().clone() for x in self._parameters]
+            self._place(before)
+            value, old = self._gradients(loss)
+            self._place(here)
+            beta = self._method.weights(self.t)[2]
         _, new = self._gradients(loss)
-        self._estimate(new, old, factor)
+        self._estimate(new, old, beta)
         return value
 
     def _move(self) -> float:
@@ -109,7 +118,7 @@ class MixVrOptimizer(torch.optim.Optimizer):
                     part.copy_(x)
 
     def before_snapshot(self, dependent: bool) -> None:
-        if not dependent:
+        if not dependent and self._before is None:  # else it is asked for the second time: the first one came too late
             self._remember()
 
     def before_merge(self, dependent: bool) -> None:
