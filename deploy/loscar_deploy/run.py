@@ -170,6 +170,8 @@ class LocalRun:
             flags += ["--slowdown", f"{self._plan.slowdown[i]:g}", "--step-time", args.step_time, "--threads", "1"]
             flags += ["--result", str(folder.worker_result(name)), "--rounds-log", str(folder.worker_rounds(name))]
             flags += [*_flags(args, _TASK_OPTIONS), "--device", self._plan.devices[i], "--parting", "0s"]
+            if args.keep_models:
+                flags += ["--save-last", str(folder.worker_model(name))]
             if self._plan.batch_sizes is not None:
                 flags += ["--batch-size", str(self._plan.batch_sizes[i])]
             if self._plan.config.evaluate_every:

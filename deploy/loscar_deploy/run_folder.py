@@ -72,6 +72,9 @@ class RunFolder:
     def worker_result(self, name: str) -> Path:
         return self.path / "workers" / f"{name}.json"
 
+    def worker_model(self, name: str) -> Path:
+        return self.path / "workers" / f"{name}.safetensors"
+
     def worker_rounds(self, name: str) -> Path:
         return self.path / "workers" / f"{name}.rounds.jsonl"
 

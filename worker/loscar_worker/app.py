@@ -20,6 +20,7 @@ from safetensors.numpy import save
 from loscar_core.errors import ConfigError, InterruptedRunError, ServerLostError
 from loscar_core.layout import VECTOR_PREFIX
 from loscar_core.methods import parse_method
+from loscar_core.replica import Floats
 from loscar_worker.boundary import TrainingHalf
 from loscar_worker.evaluation import EvaluationWriter, LiveVector
 from loscar_worker.session import RoundRecord, Session, join
@@ -57,6 +58,7 @@ class WorkerOptions:
         result: JSON file for the figures at the end.
         rounds_log: JSON-lines file for every merged round.
         save_model: safetensors file for the model as this worker leaves with it.
+        save_last: the same for its own model, as it went into the final round.
         evaluation: file for the live vector in evaluation rounds, see `loscar_worker.evaluation`.
         state: file that this worker's whole state (session, optimizer, data position) is saved to, and resumed
             from when it is there.
@@ -93,6 +95,7 @@ class WorkerOptions:
     result: Path | None = None
     rounds_log: Path | None = None
     save_model: Path | None = None
+    save_last: Path | None = None
     evaluation: Path | None = None
     state: Path | None = None
     state_every_s: float = 60.0
@@ -236,6 +239,7 @@ def run_worker(
         with session:
             if metrics is not None:
                 metrics.joined(session)
+            session.keep_last = options.save_last is not None
             if on_join is not None:
                 on_join(session)
             if saved is not None:
@@ -252,8 +256,9 @@ def run_worker(
                     if not session.part(options.parting_s):
                         log.info("left after %g s with progress that has not gone out", options.parting_s)
                     saver.save()
-        if options.save_model is not None:
-            save_live_model(options.save_model, session)
+        for path, values in ((options.save_model, session.live_values), (options.save_last, session.last_values)):
+            if path is not None:
+                save_values(path, session, values())
         if options.result is not None:
             write_json(options.result, figures(session, timer))
     finally:
@@ -268,6 +273,7 @@ def _check_outputs(options: WorkerOptions) -> None:
         ("--result", options.result),
         ("--rounds-log", options.rounds_log),
         ("--save-model", options.save_model),
+        ("--save-last", options.save_last),
         ("--state", options.state),
         ("--evaluation", options.evaluation),
     ):
@@ -402,10 +408,9 @@ def figures(session: Session, timer: StepTimer) -> dict[str, Any]:
     }
 
 
-def save_live_model(path: Path, session: Session) -> None:
-    """Write the live parameters and statistics under their module names, float32; whole or not at all."""
-    values, start = session.live_values(), 0
-    tensors = {}
+def save_values(path: Path, session: Session, values: Floats) -> None:
+    """Write parameters and statistics under their module names, float32; whole or not at all."""
+    tensors, start = {}, 0
     for segment in (*session.engine.layout.parameters, *session.engine.layout.statistics):
         if segment.name.startswith(VECTOR_PREFIX):
             continue

@@ -90,7 +90,10 @@ class TrainingHalf:
         finished: the run is over; the model holds what it ended with.
         idle_s: seconds in which training waited for the service.
         joined_at_start: no round was closed before this worker joined.
+        keep_last: remember the live model that goes into the final round, for `last_values`.
     """
+
+    keep_last = False
 
     def __init__(
         self,
@@ -129,6 +132,7 @@ class TrainingHalf:
         self._method: Method = LoscarSgd()
         self._distance: float | None = None
         self._companion: Companion | None = None
+        self._last: Floats | None = None
         self._max_steps: int | None = None
         self._unsent: NDArray[np.bool_] | None = None
         self._parting: Indices | None = None
@@ -229,6 +233,10 @@ class TrainingHalf:
         """The model's live parameters in logical order, then the statistics; a new float32 array."""
         return np.concatenate([self._view.vector()[: self._view.model_dimension], self._view.statistics()])
 
+    def last_values(self) -> Floats:
+        """As `live_values`, of the model that went into the final round; of the one that is there without one."""
+        return self.live_values() if self._last is None else self._last
+
     def start_parting(self) -> None:
         """There will be no more steps: what this worker has not contributed yet goes out round by round."""
         self._cycle.part()
@@ -312,6 +320,8 @@ class TrainingHalf:
             if box.open is opened:
                 box.open = None
         plan = opened.open.plan
+        if self.keep_last and plan.kind is RoundKind.FINAL:
+            self._last = self.live_values()
         if self._companion is not None and not plan.kind.ends:
             self._companion.before_snapshot(plan.selection is SelectionKind.TAIL)
         copy = self._view.gather(opened.selected)

@@ -115,6 +115,7 @@ def _worker(args: Namespace) -> int:
         result=args.result,
         rounds_log=args.rounds_log,
         save_model=args.save_model,
+        save_last=args.save_last,
         evaluation=args.evaluation,
         state=args.state,
         state_every_s=o.seconds("--state-every", args.state_every),
@@ -204,6 +205,7 @@ def declare(command: Declare) -> None:
     worker.add_argument("--rejoin", metavar="HOW", default="project", help="after a long absence: project, keep, drop")
     worker.add_argument("--evaluation", type=Path, help=argparse.SUPPRESS)
     worker.add_argument("--save-model", metavar="FILE", type=Path, help="write the model as this worker leaves with it")
+    worker.add_argument("--save-last", metavar="FILE", type=Path, help="write its own, as it went into the final round")
     worker.add_argument("--metrics", metavar="HOST:PORT", help=_METRICS)
     worker.add_argument("--log-format", default="text", choices=logs.FORMATS, help=_LOG_FORMAT)
     worker.add_argument("--rounds-log", metavar="FILE", type=Path, help="write a JSON line here for every round")

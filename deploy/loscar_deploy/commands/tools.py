@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 from loscar_core.errors import ConfigError
 from loscar_deploy import options as o
@@ -35,12 +36,37 @@ def _evaluate(args: Namespace) -> int:
         path = path / "model.safetensors"
     if task is None:
         raise ConfigError("--task is needed to evaluate a model file that is not in a run folder")
-    result = evaluate_model(path, task, data_dir)
+    result: dict[str, Any] = dict(evaluate_model(path, task, data_dir))
+    if args.sharpness or args.surface is not None:
+        result |= _valley(args, path, task, data_dir)
     if args.json:
         print_json(result)
     else:
         print(f"test accuracy {result['accuracy']:.4f}, loss {result['loss']:.4f}")
+        if args.sharpness:
+            width = result["mean_valley"]
+            print(
+                f"training loss {result['training_loss']:.4g}; mean valley "
+                + (f"{width:.4g}, sharpness {1 / width:.4g}" if width else "not found: the loss never doubles")
+            )
     return 0
+
+
+def _valley(args: Namespace, path: Path, task: str, data_dir: Path | None) -> dict[str, Any]:
+    """What is asked about the surroundings of a run's average."""
+    from loscar_deploy.valley import Landscape, draw, figures
+    from loscar_worker.tasks import load_task
+
+    if not args.model.is_dir():
+        raise ConfigError("--sharpness and --surface need a run folder: the workers' own models are in it")
+    models = sorted((path.parent / "workers").glob("*.safetensors"))
+    landscape = Landscape(load_task(task, data_dir), path, models)
+    if args.surface is not None:
+        try:
+            draw(landscape.surface(0, 1), args.surface)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"--surface {args.surface} cannot be written: {error}") from None
+    return figures(landscape.valley()) if args.sharpness else {}
 
 
 def _certs(args: Namespace) -> int:
@@ -114,6 +140,10 @@ def declare(command: Declare) -> None:
     evaluate.add_argument("model", type=Path, help="a run folder or a model.safetensors")
     evaluate.add_argument("--task", help="needed outside a run folder")
     evaluate.add_argument("--data-dir", metavar="DIR", type=Path)
+    evaluate.add_argument("--sharpness", action="store_true", help="how wide the valley is (runs with --keep-models)")
+    evaluate.add_argument(
+        "--surface", metavar="FILE", type=Path, help="draw the loss around the average (the same runs)"
+    )
     evaluate.add_argument("--json", action="store_true")
 
     certs = command("certs", _certs, "a certificate authority of one's own, and certificates")
