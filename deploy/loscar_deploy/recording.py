@@ -57,8 +57,8 @@ class Recorder:
         """The rest of the folder: each worker's figures, the model, the summary."""
         for i in range(plan.workers):
             name = f"w{i}"
-            figures = {"name": name, "slot": i, "finished": True, "steps": result.steps[i]}
-            figures |= {"run_seconds": result.virtual_seconds, "idle_fraction": result.idle_fraction[i]}
+            figures = {"name": name, "slot": i, "finished": result.finished[i], "steps": result.steps[i]}
+            figures |= {"run_seconds": result.run_seconds[i], "idle_fraction": result.idle_fraction[i]}
             figures |= {"step_seconds_median": plan.step_s[i]}
             figures |= {"bytes_up": result.bytes_up[i], "bytes_down": result.bytes_down[i]}
             figures |= {"contributions": result.ledgers[i], "reconnects": 0}

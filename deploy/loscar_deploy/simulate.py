@@ -72,6 +72,7 @@ class _Worker:
     wire_up: int = 0
     wire_down: int = 0
     alive: bool = True
+    died_s: float = 0.0
 
 
 class Simulation:
@@ -350,7 +351,7 @@ class Simulation:
             return
         for worker in self._workers:
             if worker.alive and worker.session.started and self._rng.random() < self._plan.churn:
-                worker.alive = False
+                worker.alive, worker.died_s = False, worker.session.run_s
                 self._result.deaths += 1
                 peer, worker.peer = worker.peer, None
                 if peer is not None and self._streams.pop(peer, None) is not None:
@@ -375,6 +376,8 @@ class Simulation:
         for w in self._workers:
             result.steps.append(w.session.steps)
             result.idle_fraction.append(w.session.idle_fraction)
+            result.finished.append(w.session.finished)
+            result.run_seconds.append(w.session.run_s if w.alive else w.died_s)
             result.bytes_up.append(w.session.engine.bytes_up)
             result.bytes_down.append(w.session.engine.bytes_down)
             result.wire_up.append(w.wire_up)

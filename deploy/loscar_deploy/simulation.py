@@ -78,9 +78,15 @@ class SimulatedEvaluation:
 
 @dataclass
 class SimulationResult:
-    """What a simulation found; `vectors` are the workers' parameters at the end, d float32 each, `ledgers` their
-    contributions by outcome, `distances` are (round, distance to the average) of merges by
-    methods that hold one."""
+    """What a simulation found.
+
+    Attributes:
+        steps, idle_fraction, bytes_up, bytes_down, wire_up, wire_down: of each worker, in the order of slots.
+        finished, run_seconds: whether each saw the end, and its run time then, or when it died.
+        vectors: the workers' models at the end, d float32 each and their statistics.
+        ledgers: their contributions by outcome; `contributions` are the sums.
+        distances: (round, distance to the average) of merges by methods that hold one.
+    """
 
     virtual_seconds: float = 0.0
     rounds: int = 0
@@ -88,6 +94,8 @@ class SimulationResult:
     seconds_to_target: float | None = None
     steps: list[int] = field(default_factory=list)
     idle_fraction: list[float] = field(default_factory=list)
+    finished: list[bool] = field(default_factory=list)
+    run_seconds: list[float] = field(default_factory=list)
     bytes_up: list[int] = field(default_factory=list)
     bytes_down: list[int] = field(default_factory=list)
     wire_up: list[int] = field(default_factory=list)

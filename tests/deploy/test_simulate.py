@@ -137,3 +137,16 @@ def test_a_newcomer_contributes_to_the_round_that_it_finds_open(seed: int, capsy
     summary = simulated(capsys, *flags, "--rounds", "25", "--slowdown", "2")
     assert summary["deaths"] > 2
     assert summary["virtual_seconds"] < 20
+
+
+def test_who_is_dead_at_the_end_did_not_see_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    flags = ["--workers", "6", "--churn", "0.3", "--churn-every", "500ms", "--away", "10m", "--duration", "4s"]
+    summary = simulated(capsys, *flags, "--rounds", "1000", "--out", str(out))
+    figures = [json.loads((out / "workers" / f"w{i}.json").read_text()) for i in range(6)]
+    dead = [f for f in figures if not f["finished"]]
+    assert len(dead) == summary["deaths"]
+    assert 0 < len(dead) < 6
+    for f in figures:
+        assert f["run_seconds"] == pytest.approx(summary["virtual_seconds"], abs=0.5) or not f["finished"]
+    assert 0 < min(f["run_seconds"] for f in dead) < summary["virtual_seconds"] - 1
