@@ -186,20 +186,21 @@ class WorkerCatchUp(WorkerRounds):
         """The state may hold it: the round is closed by somebody whose word this worker never had, and the table that
         would say has forgotten this worker."""
         anchor, number = self.anchor, record.plan.round
-        if number > anchor.position.round or anchor.lineage.epoch_of(number) in record.outcomes:
+        epoch = anchor.lineage.epoch_of(number)
+        if number > anchor.position.round or epoch in record.outcomes or epoch not in record.epochs:
             return False
         return not anchor.inclusion.knows(self.incarnation, number)
 
     def _give_up_own(self) -> None:
         """Nobody knows what of this worker's progress is in the consensus: it goes on from that."""
         ledger = self.ledger
-        for record in ledger.all():
-            if not record.decided:
-                ledger.decide(record, 0)
+        waiting = [record for record in ledger.all() if not record.decided]
+        for record in waiting:
+            ledger.decide(record, 0)
         ledger.records.clear()
         ledger.superseded.clear()
         ledger.early.clear()
-        self._forget(None)
+        self._forget(None, max((record.plan.round for record in waiting), default=None))
 
     def _send_state(self, purpose: Purpose) -> None:
         """Hand the anchor over: as the initial model, or to a server that lost its state."""
@@ -257,7 +258,8 @@ class WorkerCatchUp(WorkerRounds):
         self._progress_filled += values.size
         if self._progress_filled == size:
             whole, self._progress = self._progress, None
-            self._out.append(Update(0, None, np.zeros(size, np.float32), whole, None, None, None, None))
+            none = np.zeros(size, np.float32)
+            self._out.append(Update(0, None, none, whole, None, None, None, None, progress=True))
 
 
 def _floats(chunk: VectorChunk) -> Floats:

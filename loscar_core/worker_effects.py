@@ -59,6 +59,7 @@ class Update:
         long_absence: more rounds were missed than it takes to send every coordinate once.
         forget: what the model has beyond the new values may be in them already: the model takes them as they are.
         whole: all parts of this worker's contribution to the round are in.
+        progress: a live worker's unsent progress, for a newcomer: no anchor moves.
     """
 
     round: int
@@ -72,6 +73,7 @@ class Update:
     long_absence: bool = False
     forget: bool = False
     whole: bool = False
+    progress: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -237,11 +237,11 @@ class WorkerRounds(WorkerHoldings):
         if not complete and not self.observer:
             self._out.append(Emit(Ready(anchor.position)))  # it may have been given up on: wait for it again
 
-    def _forget(self, indices: Indices | None) -> None:
+    def _forget(self, indices: Indices | None, settles: int | None = None) -> None:
         """The model gives up what it has beyond the anchor, on some coordinates or on all (None)."""
         vector = self.anchor.vector
         values = vector.copy() if indices is None else vector.take(indices)
-        self._out.append(Update(0, indices, values, values, None, None, None, None, forget=True))
+        self._out.append(Update(0, indices, values, values, None, None, settles, None, forget=True))
 
     def _commit_while_catching_up(self, state: CatchingUp, receiving: Receiving, commit: Commit) -> None:
         """A round that was committed while the whole vector is streamed: patch what has arrived.

@@ -28,6 +28,8 @@ from loscar_core.errors import ConfigError
 from loscar_core.methods.base import Arrival, Merged, Method, V, having
 from loscar_core.selection import SelectionKind
 
+LARGEST_BUDGET = 10**9
+
 
 class MixVrSchedule(StrEnum):
     """How γ, β and the step depend on t."""
@@ -68,6 +70,8 @@ class MixVr(Method):
     def __post_init__(self) -> None:
         if not 0 < self.share < 1:
             raise ConfigError(f"method mixvr: share={self.share:g} is outside (0, 1)")
+        if not 0 < self.budget <= LARGEST_BUDGET:
+            raise ConfigError(f"method mixvr: a budget of {str(self.budget):.20} is not in 1..{LARGEST_BUDGET:g}")
         if self.local_steps < 1:
             raise ConfigError(
                 f"method mixvr: budget={self.budget} and share={self.share:g} leave {self.local_steps} local steps and "

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from functools import partial
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -14,10 +17,18 @@ from loscar_core.methods import parse_method, settle
 from loscar_core.methods.mixvr import MixVr, MixVrSchedule
 from loscar_core.plan import RoundKind, is_dependent, plan_round
 from loscar_core.selection import SelectionKind
+from loscar_core.state import Position
+from loscar_core.worker_cycle import Action, Cycle, Situation
+from loscar_core.worker_effects import Update
+from loscar_core.worker_engine import WorkerEngine
+from loscar_deploy.cli import main
 from loscar_deploy.link_spec import LinkSpec
 from loscar_deploy.simulate import Simulation
 from loscar_deploy.simulation import SimulationPlan
+from loscar_worker.boundary import Pace
 from loscar_worker.mixvr import MixVrOptimizer
+from loscar_worker.model import ModelView
+from loscar_worker.simulated import SimulatedBackground, SimulatedSession
 from loscar_worker.tasks import load_task
 
 
@@ -39,6 +50,8 @@ def test_the_budget_is_split(budget: int, share: float, local: int, averaging: i
         ("mixvr:gamma=0", "gamma=0 is outside"),
         ("mixvr:beta=2", "beta=2 is outside"),
         ("mixvr:budget=many", "not a number"),
+        ("mixvr:budget=" + "9" * 400, "is not in 1"),
+        ("mixvr:budget=-3", "is not in 1"),
     ],
 )
 def test_bad_options_are_refused(text: str, says: str) -> None:
@@ -129,6 +142,120 @@ def test_a_synchronisation_that_came_to_nothing_is_a_step() -> None:
     assert t == t_again == 3
     torch.testing.assert_close(x, x_again)
     torch.testing.assert_close(d, d_again)
+
+
+def half_at(round: int, text: str = "mixvr") -> Any:
+    """What an optimizer sees of a session that begins."""
+    anchor = SimpleNamespace(position=Position(1, round))
+    return SimpleNamespace(engine=SimpleNamespace(config=run_config(text), anchor=anchor))
+
+
+def optimizer_of(model: nn.Module, loss: Any) -> MixVrOptimizer:
+    return MixVrOptimizer(model, lr=0.1, method=MixVr(), minibatch=lambda: loss)
+
+
+def test_the_run_s_options_count() -> None:
+    model = nn.Linear(2, 1)
+    optimizer = optimizer_of(model, lambda: model.weight.sum())
+    optimizer.begin(half_at(0, "mixvr:budget=4,share=0.5,schedule=fixed"))
+    assert optimizer._method == parse_method("mixvr:budget=4,share=0.5,schedule=fixed")
+    with pytest.raises(ConfigError, match="not mixvr but dppf"):
+        optimizer.begin(half_at(0, "dppf"))
+
+
+@pytest.mark.parametrize(("round_", "pairs"), [(0, 0), (1, 0), (2, 0), (3, 1), (4, 1), (5, 2), (40, 19)])
+def test_a_newcomer_is_as_old_as_the_others(round_: int, pairs: int) -> None:
+    """After the first pair, which has no steps, each pair has ⌊(1 − α)K⌋ of them and the synchronisation's."""
+    model = nn.Linear(2, 1)
+    optimizer = optimizer_of(model, lambda: model.weight.sum())
+    optimizer.begin(half_at(round_, "mixvr:budget=8,share=0.25"))
+    assert optimizer.t == 1 + pairs * 7
+
+
+@pytest.mark.parametrize("in_flight", [False, True])
+def test_a_model_that_was_replaced_has_a_fresh_estimator(in_flight: bool) -> None:
+    """Without noise the estimator is the gradient, wherever the model was put and whatever was under way."""
+    model = nn.Linear(3, 1, bias=False)
+
+    def loss() -> torch.Tensor:
+        return 0.5 * (model.weight**2).sum()
+
+    optimizer = optimizer_of(model, loss)
+    optimizer.begin(half_at(6, "mixvr:schedule=fixed"))
+    optimizer.vectors["d"].copy_(model.weight.detach()[0])
+    optimizer.take_step(loss)
+    if in_flight:
+        optimizer.before_snapshot(False)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[2.0, -1.0, 0.5]]))
+        optimizer.vectors["d"].fill_(77.0)
+    optimizer.replaced()
+    for _ in range(3):
+        optimizer.take_step(loss)
+        torch.testing.assert_close(optimizer.vectors["d"], model.weight.detach()[0])
+    optimizer.replaced()
+    optimizer.before_snapshot(True)
+    torch.testing.assert_close(optimizer.vectors["d"], model.weight.detach()[0])
+
+
+def test_a_state_from_the_middle_of_a_synchronisation_knows_it() -> None:
+    model = nn.Linear(3, 1, bias=False)
+    optimizer = optimizer_of(model, lambda: (model.weight**2).sum())
+    optimizer.begin(half_at(6))
+    optimizer.before_snapshot(False)
+    again = optimizer_of(model, lambda: (model.weight**2).sum())
+    again.load_state_dict(optimizer.state_dict())
+    again._refresh()
+    torch.testing.assert_close(again.vectors["d"], 2 * model.weight.detach()[0])
+
+
+def test_parameters_that_are_not_float32_are_refused() -> None:
+    model = nn.Linear(2, 1).to(torch.bfloat16)
+    with pytest.raises(ConfigError, match="float32"):
+        optimizer_of(model, lambda: model.weight.sum())
+
+
+def test_between_the_two_rounds_of_a_pair_nothing_is_trained() -> None:
+    """Also while the second one has not been announced again after a break."""
+    cycle = Cycle(14, 1.0, 0, 0.0)
+    assert cycle.next(Situation(at_once=True), 0.0) is Action.WAIT
+    assert cycle.next(Situation(plan_round=4, at_once=True), 0.0) is Action.SNAPSHOT
+    assert cycle.next(Situation(plan_round=4), 0.0) is Action.TRAIN
+
+
+def test_a_norm_bound_and_a_comparison_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["server", "--method", "mixvr", "--norm-bound", "10"]) == 3
+    assert "--norm-bound" in capsys.readouterr().err
+    assert main(["compare", "--method", "dppf", "--simulate", "--rounds", "2"]) == 3
+    assert "LOSCAR-SGD's merges" in capsys.readouterr().err
+
+
+# --- methods whose workers have a place of their own --------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["dppf", "blend", "overlap-local-sgd"])
+def test_only_a_newcomer_s_gift_moves_who_stays(text: str) -> None:
+    """Not what is given back of an epoch that was given up: such a worker was never moved by it."""
+    model = nn.Linear(3, 1, bias=False)
+    view = ModelView(model)
+    engine = WorkerEngine("w", b"w" * 16, view.layout, view.vector(), view.statistics())
+    background = SimulatedBackground(engine, view, lambda _: None)
+    half = SimulatedSession(view, background, Pace(), clock=lambda: 0.0)
+    half._method = parse_method(text)
+    before, anchor, gift = view.vector(), np.zeros(3, np.float32), np.ones(3, np.float32)
+    for update in (
+        Update(0, None, anchor, anchor, -gift, None, None, None),
+        Update(0, np.array([0, 2]), anchor[:2], anchor[:2], gift[:2], None, None, None),
+        Update(0, None, anchor, gift, None, None, None, None),
+    ):
+        background.mailbox.updates.append(background._prepare(update))
+        half._merge(background.mailbox.updates[0])
+        np.testing.assert_array_equal(view.vector(), before)
+    background.mailbox.updates.append(
+        background._prepare(Update(0, None, anchor, gift, None, None, None, None, progress=True))
+    )
+    half._merge(background.mailbox.updates[0])
+    np.testing.assert_allclose(view.vector(), before + 1, rtol=1e-6)
 
 
 def test_its_state_survives() -> None:

@@ -200,7 +200,7 @@ class Background:
             case Update():
                 self._updates.append(self._prepare(effect))
                 self.mailbox.delivered += 1
-                if not is_progress(effect):
+                if not effect.progress:
                     self._changes["open"] = None
             case RoundOpen():
                 self._changes["open"] = OpenRound(effect, self._select(effect))
@@ -240,11 +240,6 @@ class Background:
         anchor, new_anchor = prepare(selected, update.anchor), prepare(selected, update.new_anchor)
         sent = None if update.sent is None else prepare(selected, update.sent)
         return ReadyUpdate(self.clock(), update, selected, anchor, new_anchor, sent)
-
-
-def is_progress(update: Update) -> bool:
-    """A live worker's unsent progress, for a newcomer: no anchor moves, so the open round stays open."""
-    return update.plan is None and update.indices is None and update.statistics is None and not update.forget
 
 
 def wait_changed(mailbox: Mailbox, version: int, timeout_s: float) -> float:

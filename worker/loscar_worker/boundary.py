@@ -29,7 +29,7 @@ from loscar_core.selection import SelectionKind
 from loscar_core.worker_cycle import Action, Cycle, Situation
 from loscar_core.worker_effects import RunEnded
 from loscar_core.worker_engine import WorkerEngine
-from loscar_worker.background import Background, OpenRound, ReadyUpdate, is_progress
+from loscar_worker.background import Background, OpenRound, ReadyUpdate
 from loscar_worker.model import ModelView
 from loscar_worker.round_record import RoundRecord
 
@@ -71,6 +71,9 @@ class Companion(Protocol):
 
     def after_merge(self, dependent: bool) -> None:
         """They are the average now."""
+
+    def replaced(self) -> None:
+        """The model and the vectors have been moved otherwise: this worker was away, or a round was abandoned."""
 
 
 class TrainingHalf:
@@ -133,6 +136,7 @@ class TrainingHalf:
         self._distance: float | None = None
         self._companion: Companion | None = None
         self._last: Floats | None = None
+        self._pair_open = False  # the first round of a pair was merged, the second one is yet to come
         self._max_steps: int | None = None
         self._unsent: NDArray[np.bool_] | None = None
         self._parting: Indices | None = None
@@ -286,7 +290,7 @@ class TrainingHalf:
                 if opened is not None and update is None and not opened.open.contributed
                 else None,
                 final=final,
-                at_once=opened is not None and self._is_at_once(opened.open.plan),
+                at_once=self._pair_open if opened is None else self._is_at_once(opened.open.plan),
             )
             self._final_now = final
             match self._cycle.next(situation, self._clock()):
@@ -348,6 +352,10 @@ class TrainingHalf:
             box.updates.popleft()
         self._merged += 1
         plan = update.plan
+        if plan is not None:
+            self._pair_open = plan.selection is SelectionKind.HEAD
+        elif not update.progress:
+            self._pair_open = False
         if plan is not None and plan.kind is RoundKind.FINAL:
             self._view.write(ready.selected, ready.new_anchor)
         elif update.forget:
@@ -356,6 +364,8 @@ class TrainingHalf:
                 "%s goes on from the consensus: what it had not sent may be counted already, and is left out",
                 self.engine.name,
             )
+            if self._companion is not None:
+                self._companion.replaced()
         elif update.long_absence and update.new_anchor.size and not self._method.follows:
             self._rejoin_after_absence(ready)
         elif update.new_anchor.size and plan is not None:
@@ -365,9 +375,11 @@ class TrainingHalf:
             self._merge_by_method(ready)
             if self._companion is not None:
                 self._companion.after_merge(dependent)
-        elif update.new_anchor.size and self._method.follows and not is_progress(update):
+        elif update.new_anchor.size and self._method.follows and not update.progress:
             self._view.write(ready.selected, ready.new_anchor)
-        elif update.new_anchor.size and (not self._method.stays or is_progress(update)):
+            if self._companion is not None:
+                self._companion.replaced()
+        elif update.new_anchor.size and (not self._method.stays or update.progress):
             with torch.no_grad():
                 live = self._view.read(ready.selected)
                 sent: Sequence[Tensor | None] = ready.sent if ready.sent is not None else [None] * len(live)

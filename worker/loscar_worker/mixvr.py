@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from loscar_core.errors import ConfigError
+from loscar_core.methods import parse_method
 from loscar_core.methods.mixvr import MixVr
 from loscar_worker.boundary import TrainingHalf
 
@@ -33,6 +35,9 @@ class MixVrOptimizer(torch.optim.Optimizer):
         method: the run's.
         minibatch: makes the loss of fresh samples: ⌈αK⌉ of them are drawn for each synchronisation.
 
+    Raises:
+        ConfigError: parameters that are not float32, or not on one device.
+
     Attributes:
         vectors: w and d, to be averaged along with the model; d_model float32 each, in the parameters' order.
         t: the next step's number, from 1.
@@ -40,6 +45,8 @@ class MixVrOptimizer(torch.optim.Optimizer):
 
     def __init__(self, model: nn.Module, *, lr: float, method: MixVr, minibatch: Callable[[], Loss]) -> None:
         self._parameters = [p for p in model.parameters() if p.requires_grad]
+        if {(p.dtype, p.device) for p in self._parameters} != {(torch.float32, self._parameters[0].device)}:
+            raise ConfigError("method mixvr: the model's parameters have to be float32, on one device")
         super().__init__(self._parameters, {"lr": lr})
         self._method = method
         self._minibatch = minibatch
@@ -47,7 +54,9 @@ class MixVrOptimizer(torch.optim.Optimizer):
         self.vectors = {"w": start.clone(), "d": torch.zeros_like(start)}
         self.t = 1
         self._begun = False
-        self._before: list[Tensor] | None = None
+        self._stale = False  # d belongs to another place than x
+        self._before: list[Tensor] | None = None  # where d belongs to, while a synchronisation has moved x already
+        self._half: TrainingHalf | None = None
 
     # --- training -------------------------------------------------------------------------------------------
 
@@ -59,6 +68,7 @@ class MixVrOptimizer(torch.optim.Optimizer):
 
     def take_step(self, loss: Loss) -> Tensor:
         """One local step; returns the loss at the point before it, detached."""
+        self._refresh()
         if self._before is None:
             value, old = self._gradients(loss)
             beta = self._move()
@@ -107,18 +117,50 @@ class MixVrOptimizer(torch.optim.Optimizer):
     # --- around averages ------------------------------------------------------------------------------------
 
     def begin(self, half: TrainingHalf) -> None:
-        """A newcomer takes the estimator over with the model, and the time from the rounds that it has missed."""
+        """The run's options count, whatever this worker was started with. A newcomer takes the estimator over with the
+        model, and the time from the rounds that it has missed.
+
+        Raises:
+            ConfigError: the run's method is another one.
+        """
+        self._half = half
+        config = half.engine.config
+        method = parse_method(config.method) if config is not None else None
+        if not isinstance(method, MixVr):
+            raise ConfigError(f"the run's method is not mixvr but {method.name if method is not None else 'unknown'}")
+        self._method = method
         round = half.engine.anchor.position.round
-        self._begun = self._begun or round > 1
-        if self.t == 1:
-            self.t += (round // 2) * (self._method.local_steps + 1)
+        if round > 0 and not self._begun:
+            # In the middle of a pair the consensus has a new x, and the estimator of the old one.
+            self._begun, self._stale = True, round % 2 == 1
+        self._catch_up_in_time()
         if round == 0:
             with torch.no_grad():
                 for x, part in zip(self._parameters, self._pieces(self.vectors["w"]), strict=True):
                     part.copy_(x)
 
+    def _catch_up_in_time(self) -> None:
+        """Of the pairs, the first one has no steps."""
+        assert self._half is not None
+        pairs = max(0, (self._half.engine.anchor.position.round - 1) // 2)
+        self.t = max(self.t, 1 + pairs * (self._method.local_steps + 1))
+
+    def replaced(self) -> None:
+        self._before = None
+        self._begun = self._stale = True
+        self._catch_up_in_time()
+
+    def _refresh(self) -> None:
+        """An estimator for a place that was jumped to: the gradient there."""
+        if self._stale:
+            self._stale = False
+            here = self._mean_gradients([self._minibatch() for _ in range(self._method.averaging_batches)])
+            self._estimate(here, here, 1.0)
+
     def before_snapshot(self, dependent: bool) -> None:
-        if not dependent and self._before is None:  # else it is asked for the second time: the first one came too late
+        if dependent:
+            self._refresh()
+        elif self._before is None:  # else it is asked for the second time: the first one came too late
             self._remember()
 
     def before_merge(self, dependent: bool) -> None:
@@ -127,12 +169,14 @@ class MixVrOptimizer(torch.optim.Optimizer):
 
     def _remember(self) -> None:
         """What the estimator belongs to, and then the move that every synchronisation begins with."""
+        self._refresh()
         self._before = [x.detach().clone() for x in self._parameters]
         if self._begun:
             self._move()
 
     def after_merge(self, dependent: bool) -> None:
         if dependent:
+            self._begun, self._stale = True, False
             return
         before, self._before = self._before, None
         assert before is not None
@@ -166,9 +210,11 @@ class MixVrOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """With t; w and d are in the session's state, with the model."""
-        return {**super().state_dict(), "t": self.t, "begun": self._begun}
+        stale = self._stale or self._before is not None
+        return {**super().state_dict(), "t": self.t, "begun": self._begun, "stale": stale}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         state = dict(state_dict)
-        self.t, self._begun = state.pop("t"), state.pop("begun")
+        self.t, self._begun, self._stale = state.pop("t"), state.pop("begun"), state.pop("stale")
+        self._before = None
         super().load_state_dict(state)

@@ -74,6 +74,10 @@ class Trainer:
         if self._mixvr is not None:
             self._mixvr.before_merge(dependent)
 
+    def replaced(self) -> None:
+        if self._mixvr is not None:
+            self._mixvr.replaced()
+
     def after_merge(self, dependent: bool) -> None:
         if self._mixvr is not None:
             self._mixvr.after_merge(dependent)

@@ -77,6 +77,8 @@ def _common(args: Namespace) -> Namespace:
     """The options that all runs share, as `loscar run` or `loscar simulate` would have them."""
     common = Namespace(**{k: v for k, v in vars(args).items() if k not in _OWN})
     common.coordinates, common.keep_models = None, False
+    if args.method != "loscar":
+        raise ConfigError(f"--method {args.method}: compare sets LOSCAR-SGD's merges and paces side by side")
     if args.simulate:
         common.churn, common.churn_every, common.away = "0", "10s", "5s"
     if args.evaluate_every == "0":

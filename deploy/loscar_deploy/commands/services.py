@@ -29,10 +29,15 @@ def _server(args: Namespace) -> int:
     from loscar_server.app import ServerOptions, ServerProcess, run_id_bytes, serve
 
     workers = None if args.workers is None else o.whole("--workers", args.workers, 1)
+    config = o.run_config(args)
+    if config.dependent and args.norm_bound is not None:
+        raise ConfigError(
+            "--norm-bound: the two averages of a round of mixvr differ in size, and one bound fits neither"
+        )
     server = ServerOptions(
         listen=args.listen,
         run_id=o.given("--run-id", args.run_id),
-        config=o.run_config(args),
+        config=config,
         limits=o.server_limits(args, workers),
         security=o.server_security(args),
         linger_s=o.seconds("--linger", args.linger),
