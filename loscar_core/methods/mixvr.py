@@ -71,7 +71,7 @@ class MixVr(Method):
         if not 0 < self.share < 1:
             raise ConfigError(f"method mixvr: share={self.share:g} is outside (0, 1)")
         if not 0 < self.budget <= LARGEST_BUDGET:
-            raise ConfigError(f"method mixvr: a budget of {str(self.budget):.20} is not in 1..{LARGEST_BUDGET:g}")
+            raise ConfigError(f"method mixvr: a budget of {self.budget!s:.20} is not in 1..{LARGEST_BUDGET:g}")
         if self.local_steps < 1:
             raise ConfigError(
                 f"method mixvr: budget={self.budget} and share={self.share:g} leave {self.local_steps} local steps and "
