@@ -16,7 +16,7 @@ DEATHS = {
     "stale servers and a standby": Chaos(cut=0.003, kill=0.001, kills=4, standby=True, zombies=True),
     "replays": Chaos(cut=0.004, kill=0.001, replays=0.01),
     "clock jumps": Chaos(cut=0.002, kill=0.0005, jumps=0.001, deadlines=True),
-    "deadlines": Chaos(cut=0.003, kill=0.001, deadlines=True, slow=True, backlog=2),
+    "deadlines and kills": Chaos(cut=0.003, kill=0.001, deadlines=True, slow=True, backlog=2),
     "dense rounds": Chaos(cut=0.004, kill=0.001, crash=0.001, limits={"consolidation_share": 0.3}),
     "stops": Chaos(cut=0.003, kill=0.001, stops=True),
 }

@@ -5,7 +5,7 @@ and overlapped, with a constant learning rate and with one that has decayed to 0
 fifth of the rounds). Then a quadratic of curvature h, where the steps between two averages pull together as well:
 λ / (1 − (1 − α)(1 − ηh)^τ) (α = 0.3). Verdict: within 3 %, and within 5 % on the quadratic.
 
-    python benchmarks/dppf_width.py      about five minutes
+    python benchmarks/claim_dppf.py      about five minutes
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def main() -> int:
     ]
     met = all(abs(r["error"]) <= r["tolerance"] for r in runs)
     result = {"targets": {"network": NETWORK, "quadratic": VALLEY}, "met": met, "runs": runs}
-    return _claims.finish("dppf_width", arguments, result, ("valley", "seed", "formula", "measured", "error"), rows)
+    return _claims.finish("claim_dppf", arguments, result, ("valley", "seed", "formula", "measured", "error"), rows)
 
 
 if __name__ == "__main__":
