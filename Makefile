@@ -6,8 +6,12 @@ BIN := $(VENV)/bin
 PROTO_TOOLS := grpcio-tools==1.72.1
 PROTO_VENV := .venv-proto
 GENERATED := proto/loscar_wire/_generated
+# Compose v2 where it is, else docker-compose 1.29; COMPOSE_FILE may name overlays too: deploy/compose.yaml:deploy/…
+COMPOSE = $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
+up down: export COMPOSE_FILE ?= deploy/compose.yaml
+up down: export COMPOSE_PROJECT_NAME ?= loscar
 
-.PHONY: run test bench chaos fuzz schedules soak claims lint types proto clean
+.PHONY: run test up down compose-test bench chaos fuzz schedules soak claims lint types proto clean
 
 run: $(VENV)/worker.stamp
 	$(BIN)/loscar run $(ARGS)
@@ -17,6 +21,17 @@ test: $(VENV)/dev.stamp $(PROTO_VENV)/stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest $(ARGS)
+
+# A server and workers in containers: see docs/deploy.md. With ARGS=-v `down` removes the volumes too.
+up:
+	$(COMPOSE) up --build --detach $(ARGS)
+
+down:
+	$(COMPOSE) down $(ARGS)
+
+# Real containers, for some minutes; without an engine it says so.
+compose-test: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest tests/compose $(ARGS)
 
 # About ten minutes, one after the other, since they measure; fetches a9a when it is not in the data folder.
 bench: $(VENV)/worker.stamp

@@ -1,0 +1,44 @@
+#!/bin/sh
+# Entry point of both images: completes a command with what the environment says, and gives loscar this process's place,
+# so that signals reach it. Read from the environment, all of them optional:
+#   LOSCAR_SECURITY    options for TLS, split at spaces (server, worker)
+#   LOSCAR_ARGS        further options, split at spaces (server, worker)
+#   LOSCAR_SERVERS     a worker's servers, HOST:PORT[,HOST:PORT]
+#   LOSCAR_NAME        a worker's name; default: the host's name, which a container keeps when it is started again
+#   LOSCAR_STATE_DIR   a worker saves its state here, and resumes from it
+#   LOSCAR_MODEL_DIR   a worker saves the model here when it leaves
+#   LOSCAR_LINK        a worker reaches its servers through an emulated link like this, one for each server
+set -euf
+
+case ${1:-} in
+server)
+    # shellcheck disable=SC2086  # these are split on purpose
+    exec loscar "$@" ${LOSCAR_SECURITY:-} ${LOSCAR_ARGS:-}
+    ;;
+worker) shift ;;
+*) exec loscar "$@" ;;
+esac
+
+name=${LOSCAR_NAME:-$(hostname)}
+servers=${LOSCAR_SERVERS:-}
+if [ -n "${LOSCAR_LINK:-}" ] && [ -n "$servers" ]; then
+    linked=
+    port=50061
+    for server in $(echo "$servers" | tr , ' '); do
+        pipe=/tmp/link-$port
+        rm -f "$pipe"
+        mkfifo "$pipe"
+        loscar link "$LOSCAR_LINK" --listen "127.0.0.1:$port" --to "$server" >"$pipe" &
+        # It says one line when it listens; if it ends instead, this ends with its exit status.
+        read -r line <"$pipe" || wait $!
+        echo "$line"
+        linked=${linked:+$linked,}127.0.0.1:$port
+        port=$((port + 1))
+    done
+    servers=$linked
+fi
+# shellcheck disable=SC2086
+exec loscar worker --name "$name" ${servers:+--server "$servers"} \
+    ${LOSCAR_STATE_DIR:+--state "$LOSCAR_STATE_DIR/$name.state"} \
+    ${LOSCAR_MODEL_DIR:+--save-model "$LOSCAR_MODEL_DIR/$name.safetensors"} \
+    "$@" ${LOSCAR_SECURITY:-} ${LOSCAR_ARGS:-}

@@ -1,0 +1,84 @@
+"""The overlays, all at once: mutual TLS, emulated links, a standby."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from stack import SERVER_IMAGE, Stack, call, member, name_of, wait_until
+
+pytestmark = pytest.mark.timeout(600, method="signal")
+
+USER = 10001
+OVERLAYS = ("tls", "links", "standby", "standby.tls")
+
+
+@pytest.fixture(scope="module")
+def pki(engine: object, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Certificates as docs/deploy.md makes them."""
+    folder = tmp_path_factory.mktemp("pki")
+    hosts = "server,standby,localhost,127.0.0.1"
+    call(
+        "docker", "run", "--rm", "--user", "0", "-v", f"{folder}:/pki", SERVER_IMAGE,
+        "certs", "/pki", "--hosts", hosts, "--workers", "worker,probe",
+    )  # fmt: skip
+    for key in ("server", "worker", "probe"):
+        os.chown(folder / f"{key}-key.pem", USER, -1)
+    folder.chmod(0o755)
+    return folder
+
+
+def test_a_standby_takes_over_under_tls_and_over_links(stacks: Callable[..., Stack], pki: Path) -> None:
+    stack = stacks(
+        *OVERLAYS,
+        LOSCAR_PKI=str(pki),
+        LOSCAR_TOKEN="a-token",
+        LOSCAR_PUBLISH="127.0.0.1:0",
+        LOSCAR_ROUNDS="100000",
+        LOSCAR_LINK="rtt=20ms,rate=20mbit",
+        LOSCAR_LINK_SLOW="rtt=60ms,rate=10mbit",
+        LOSCAR_SERVER_ARGS="--lease 6s --start-grace 1s --recover-after 5s",
+    )
+    stack.up("--scale", "worker-slower=0")
+    workers = [stack.container(service) for service in ("worker", "worker-slow")]
+    names = [name_of(worker) for worker in workers]
+    stack.status_when(
+        lambda s: all((m := member(s, n)) is not None and m["contributed"] > 0 for n in names), "both take part"
+    )
+    assert "link listening on 127.0.0.1:50061, to server:50051" in stack.logs(workers[0])
+    for service in ("server", "standby"):
+        assert stack.execute(stack.container(service), "loscar-health", "server").returncode == 0
+    assert stack.execute(workers[0], "loscar-health", "worker").returncode == 0
+    without = "loscar status --server server:50051 --tls-ca /etc/loscar/ca.pem"
+    assert stack.execute(workers[0], *without.split()).returncode != 0, "without a certificate of its own"
+    before = stack.rounds_go_on()
+    call("docker", "kill", stack.container("server"))
+    after = stack.status_when(lambda s: s["phase"] == "running" and s["epoch"] == 2, "the standby has it", "standby")
+    assert after["run_id"] == before["run_id"]
+    assert after["round"] >= before["round"]
+    stack.rounds_go_on("standby")
+    assert stack.execute(workers[0], "loscar-health", "worker").returncode == 0
+    standby = stack.container("standby")
+    call("docker", "stop", "-t", "40", standby)
+    assert [stack.ended(container) for container in (standby, *workers)] == [0, 0, 0]
+
+
+def test_missing_settings_are_named(stacks: Callable[..., Stack], pki: Path, tmp_path: Path) -> None:
+    done = stacks("tls").compose("config", check=False)
+    assert done.returncode != 0
+    assert "LOSCAR_TOKEN" in done.stderr
+    stack = stacks("tls", LOSCAR_TOKEN="a-token", LOSCAR_PKI=str(tmp_path), LOSCAR_PUBLISH="127.0.0.1:0")
+    done = stack.compose("up", "-d", "--no-build", "server", check=False)
+    assert done.returncode != 0
+    assert f"{tmp_path}/" in done.stderr
+    assert ".pem" in done.stderr
+
+
+def test_a_link_that_cannot_be_ends_the_container(stacks: Callable[..., Stack]) -> None:
+    stack = stacks("links", LOSCAR_LINK="rtt=fast", LOSCAR_RESTARTS="1")
+    stack.up("--no-deps", "worker")
+    worker = stack.container("worker")
+    wait_until(lambda: "rtt: 'fast' is not a number" in stack.logs(worker), "the cause is named")
+    assert stack.ended(worker) == 3
