@@ -150,7 +150,7 @@ def work(args: argparse.Namespace) -> int:
     """Run inputs, and note in the shared file how that goes."""
     faulthandler.enable()
     # Choosing coordinates is most of an input's time, and has no part in what is looked for here.
-    select = plan.select = functools.lru_cache(maxsize=4096)(plan.select)
+    select = plan._last_selection = functools.lru_cache(maxsize=4096)(plan.select)
     progress, parent = Progress(args.child), os.getppid()
     seen: set[tuple[str, str, int]] = set()
 
