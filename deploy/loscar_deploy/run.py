@@ -22,7 +22,7 @@ from loscar_deploy.link import LinkFarm
 from loscar_deploy.link_spec import LinkSpec
 from loscar_deploy.model_file import load_model, save_model
 from loscar_deploy.options import RUN_OPTIONS, Default
-from loscar_deploy.run_folder import RunFolder, distances_of, settings_of, valley_width
+from loscar_deploy.run_folder import RunFolder, distances_of, method_options, settings_of, valley_width
 from loscar_deploy.table import Progress
 from loscar_wire._generated import parameter_server_pb2 as pb
 from loscar_wire.transport import ClientSecurity, parse_address
@@ -314,6 +314,7 @@ class LocalRun:
             "contributions": contributions,
             "reconnects": sum(w["reconnects"] for w in workers),
             "stopped": last.stop_reason,
+            "method_options": method_options(config),
             **valley_width(distances_of(self._folder.worker_rounds(f"w{i}") for i in range(plan.workers))),
         }
 

@@ -148,7 +148,6 @@ def settings_of(config: RunConfig, workers: int) -> dict[str, Any]:
     method = parse_method(config.method)
     return {
         "method": method.name,
-        "method_options": {k: getattr(v, "value", v) for k, v in method.settings().items()},
         "merge": config.merge.value if method.uses_merge else None,
         "workers": workers,
         "density": config.density,
@@ -170,6 +169,11 @@ def valley_width(distances: Sequence[tuple[int, float]]) -> dict[str, float]:
     last = max((round_ for round_, _ in distances), default=0)
     late = [distance for round_, distance in distances if round_ > 0.8 * last]
     return {"valley_width": sum(late) / len(late)} if late else {}
+
+
+def method_options(config: RunConfig) -> dict[str, Any]:
+    """The method's options and their values, those that were left out too."""
+    return {k: getattr(v, "value", v) for k, v in parse_method(config.method).settings().items()}
 
 
 def _fresh() -> Path:

@@ -11,7 +11,7 @@ from loscar_core.layout import Layout
 from loscar_core.replica import Floats
 from loscar_core.state import Position
 from loscar_deploy.link_spec import LinkSpec
-from loscar_deploy.run_folder import settings_of, valley_width
+from loscar_deploy.run_folder import method_options, settings_of, valley_width
 from loscar_worker.model import ModelView
 from loscar_worker.tasks import Task
 
@@ -150,5 +150,6 @@ def summary_of(plan: SimulationPlan, result: SimulationResult) -> dict[str, Any]
             for e in result.evaluations
         ],
         "stopped": result.stopped,
+        "method_options": method_options(config),
         **valley_width(result.distances),
     }

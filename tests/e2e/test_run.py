@@ -33,7 +33,7 @@ SUMMARY = (
     "final steps wall_seconds loss accuracy target_loss seconds_to_target bytes_up bytes_down bytes_wire_up "
     "bytes_wire_down step_seconds_median idle_fraction contributions reconnects"
 )
-ADDED = ["stopped"]
+ADDED = ["stopped", "method_options"]
 """What the summary holds beyond the design's keys."""
 
 pytestmark = pytest.mark.timeout(120)
