@@ -37,6 +37,15 @@ def width(flags: list[str], seed: int, environment: dict[str, str]) -> float:
     return found
 
 
+def outcome(valley: str, seed: int, expected: float, measured: float, tolerance: float) -> dict[str, Any]:
+    """One run's entry in the result; shown at once."""
+    error = measured / expected - 1
+    found = {"valley": valley, "seed": seed, "expected": expected, "measured": measured}
+    found |= {"error": error, "tolerance": tolerance}
+    print(found, file=sys.stderr, flush=True)
+    return found
+
+
 def networks(seed: int) -> list[dict[str, Any]]:
     found = []
     for pace, overlap in (("blocking", "0"), ("overlapped", "2")):
@@ -47,17 +56,7 @@ def networks(seed: int) -> list[dict[str, Any]]:
                 flags += ["--local-steps", str(local), "--overlap-steps", overlap, "--rounds", str(ROUNDS)]
                 flags += ["--lr", "0.05"]
                 measured = width(flags, seed, {"VALLEY_DECAY_STEPS": str(decay)})
-                found.append(
-                    {
-                        "valley": f"digits, {pace}, rate {rate}",
-                        "seed": seed,
-                        "expected": expected,
-                        "measured": measured,
-                        "error": measured / expected - 1,
-                        "tolerance": NETWORK,
-                    }
-                )
-                print(found[-1], file=sys.stderr, flush=True)
+                found.append(outcome(f"digits, {pace}, rate {rate}", seed, expected, measured, NETWORK))
     return found
 
 
@@ -68,17 +67,7 @@ def quadratics(seed: int) -> list[dict[str, Any]]:
         flags = ["--task", "_valleys:Quadratic", "--method", f"dppf:alpha={VALLEY_ALPHA},lambda={VALLEY_PUSH}"]
         flags += ["--local-steps", str(steps), "--overlap-steps", "0", "--rounds", str(ROUNDS)]
         measured = width(flags, seed, {"VALLEY_CURVATURE": str(curvature), "VALLEY_DECAY_STEPS": "0"})
-        found.append(
-            {
-                "valley": f"quadratic, h = {curvature:g}, τ = {steps}",
-                "seed": seed,
-                "expected": expected,
-                "measured": measured,
-                "error": measured / expected - 1,
-                "tolerance": VALLEY,
-            }
-        )
-        print(found[-1], file=sys.stderr, flush=True)
+        found.append(outcome(f"quadratic, h = {curvature:g}, τ = {steps}", seed, expected, measured, VALLEY))
     return found
 
 

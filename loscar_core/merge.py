@@ -17,6 +17,7 @@ by whoever stores them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import StrEnum
 from typing import Protocol, Self, TypeVar
 
@@ -93,3 +94,11 @@ def merge(kind: MergeKind, live: V, anchor: V, new_anchor: V, sent: V | None) ->
         return new_anchor
     progress = live - anchor
     return new_anchor + (progress if sent is None else progress - sent)
+
+
+def merge_pieces(
+    kind: MergeKind, live: Sequence[V], anchor: Sequence[V], new_anchor: Sequence[V], sent: Sequence[V] | None
+) -> list[V]:
+    """`merge` of a selection that is in several pieces, one for each device and dtype."""
+    own: Sequence[V | None] = sent if sent is not None else [None] * len(live)
+    return [merge(kind, z, a, b, s) for z, a, b, s in zip(live, anchor, new_anchor, own, strict=True)]

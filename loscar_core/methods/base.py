@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
 
 from loscar_core.errors import ConfigError
-from loscar_core.merge import MergeKind
+from loscar_core.merge import MergeKind, merge_pieces
 
 
 def having(**values: Any) -> Mapping[str, Any]:
@@ -73,6 +73,11 @@ class Merged(Generic[V]):
 
     values: list[V]
     distance: float | None = None
+
+
+def merged_by(kind: MergeKind, arrival: Arrival[V]) -> Merged[V]:
+    """The merge of LOSCAR-SGD, or the overwriting one."""
+    return Merged(merge_pieces(kind, arrival.live, arrival.anchor, arrival.new_anchor, arrival.sent))
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from loscar_core.merge import MergeKind, merge
-from loscar_core.methods.base import Arrival, Merged, Method, V
+from loscar_core.merge import MergeKind
+from loscar_core.methods.base import Arrival, Merged, Method, V, merged_by
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,4 @@ class LoscarSgd(Method):
         return replace(self, kind=kind)
 
     def merge(self, arrival: Arrival[V]) -> Merged[V]:
-        sent = arrival.sent if arrival.sent is not None else [None] * len(arrival.live)
-        pieces = zip(arrival.live, arrival.anchor, arrival.new_anchor, sent, strict=True)
-        return Merged([merge(self.kind, z, a, b, s) for z, a, b, s in pieces])
+        return merged_by(self.kind, arrival)

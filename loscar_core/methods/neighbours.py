@@ -9,15 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from loscar_core.errors import ConfigError
-from loscar_core.merge import MergeKind, merge
-from loscar_core.methods.base import Arrival, Merged, Method, V, having
+from loscar_core.merge import MergeKind
+from loscar_core.methods.base import Arrival, Merged, Method, V, having, merged_by
 from loscar_core.selection import SelectionKind
-
-
-def _merged(kind: MergeKind, arrival: Arrival[V]) -> Merged[V]:
-    sent = arrival.sent if arrival.sent is not None else [None] * len(arrival.live)
-    pieces = zip(arrival.live, arrival.anchor, arrival.new_anchor, sent, strict=True)
-    return Merged([merge(kind, z, a, b, s) for z, a, b, s in pieces])
 
 
 @dataclass(frozen=True)
@@ -32,7 +26,7 @@ class LocalSgd(Method):
 
     def merge(self, arrival: Arrival[V]) -> Merged[V]:
         # Nothing is in flight: the corrected merge is x_A, plus what quantisation has left out.
-        return _merged(MergeKind.DELAY_CORRECTED, arrival)
+        return merged_by(MergeKind.DELAY_CORRECTED, arrival)
 
 
 @dataclass(frozen=True)
@@ -46,7 +40,7 @@ class Cocod(Method):
     defaults = having(density=1.0)
 
     def merge(self, arrival: Arrival[V]) -> Merged[V]:
-        return _merged(MergeKind.DELAY_CORRECTED, arrival)
+        return merged_by(MergeKind.DELAY_CORRECTED, arrival)
 
 
 def _towards(arrival: Arrival[V], pull: float) -> Merged[V]:
@@ -119,4 +113,4 @@ class Sparta(Method):
     defaults = having(density=0.005, selection=SelectionKind.RANDOM, overlap_steps=0)
 
     def merge(self, arrival: Arrival[V]) -> Merged[V]:
-        return _merged(MergeKind.OVERWRITE, arrival)
+        return merged_by(MergeKind.OVERWRITE, arrival)

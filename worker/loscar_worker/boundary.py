@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from loscar_core.config import RunConfig
 from loscar_core.errors import ConfigError
-from loscar_core.merge import MergeKind, RejoinKind, merge, projection
+from loscar_core.merge import MergeKind, RejoinKind, merge_pieces, projection
 from loscar_core.messages import WorkerReport
 from loscar_core.methods import Arrival, Merged, Method, parse_method
 from loscar_core.methods.loscar_sgd import LoscarSgd
@@ -382,11 +382,7 @@ class TrainingHalf:
         elif update.new_anchor.size and (not self._method.stays or update.progress):
             with torch.no_grad():
                 live = self._view.read(ready.selected)
-                sent: Sequence[Tensor | None] = ready.sent if ready.sent is not None else [None] * len(live)
-                merged = [
-                    merge(MergeKind.DELAY_CORRECTED, z, a, b, s)
-                    for z, a, b, s in zip(live, ready.anchor, ready.new_anchor, sent, strict=True)
-                ]
+                merged = merge_pieces(MergeKind.DELAY_CORRECTED, live, ready.anchor, ready.new_anchor, ready.sent)
             self._view.write(ready.selected, merged)
         if update.statistics is not None:
             self._view.load_statistics(update.statistics)
