@@ -196,7 +196,7 @@ def load_run(path: Path, label: str | None = None) -> RunData:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, ConfigError) as error:
         raise ConfigError(f"{config} cannot be read: {error}") from None
     summary = path / "summary.json"
-    metrics = _lines(path / "metrics.jsonl", _METRIC_FIELDS)
+    metrics = json_lines(path / "metrics.jsonl", _METRIC_FIELDS)
     names = {p.name.removesuffix(".rounds.jsonl") for p in (path / "workers").glob("*.rounds.jsonl")}
     names |= {w["name"] for line in metrics for w in line["workers"]}
     ordered = sorted(names, key=_natural)
@@ -205,9 +205,9 @@ def load_run(path: Path, label: str | None = None) -> RunData:
         label or path.resolve().name,
         options,
         _object(summary) if summary.is_file() else None,
-        _lines(path / "evaluations.jsonl", _EVALUATION_FIELDS),
+        json_lines(path / "evaluations.jsonl", _EVALUATION_FIELDS),
         metrics,
-        {name: _all_lives(_lines(path / "workers" / f"{name}.rounds.jsonl", _ROUND_FIELDS)) for name in ordered},
+        {name: _all_lives(json_lines(path / "workers" / f"{name}.rounds.jsonl", _ROUND_FIELDS)) for name in ordered},
         {n: _object(file) for n in ordered if (file := path / "workers" / f"{n}.json").is_file()},
         target_loss,
     )
@@ -244,7 +244,7 @@ def _all_lives(rounds: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def _lines(path: Path, fields: set[str]) -> list[dict[str, Any]]:
+def json_lines(path: Path, fields: set[str]) -> list[dict[str, Any]]:
     """The objects of a JSON-lines file; a last line without its end is one that was being written."""
     if not path.is_file():
         return []

@@ -16,6 +16,7 @@ import tomli_w
 from loscar_core.config import RunConfig
 from loscar_core.errors import ConfigError
 from loscar_core.methods import parse_method
+from loscar_deploy.run_data import json_lines
 from loscar_wire._generated import parameter_server_pb2 as pb
 
 RUNS = Path("runs")
@@ -133,14 +134,8 @@ class RunFolder:
 
 def distances_of(rounds: Iterable[Path]) -> list[tuple[int, float]]:
     """(round, distance) of all merges in workers' round logs; files that are not there have none."""
-    found = []
-    for path in rounds:
-        with contextlib.suppress(FileNotFoundError), path.open(encoding="utf-8") as file:
-            for line in file:
-                record = json.loads(line) if line.endswith("\n") else {}  # a killed worker's last line may be torn
-                if record.get("distance") is not None:
-                    found.append((record["round"], record["distance"]))
-    return found
+    records = (record for path in rounds for record in json_lines(path, {"round"}))
+    return [(r["round"], r["distance"]) for r in records if r.get("distance") is not None]
 
 
 def settings_of(config: RunConfig, workers: int) -> dict[str, Any]:
