@@ -19,6 +19,7 @@ import torch
 
 from loscar_core.config import FinalRound, RunConfig
 from loscar_core.merge import MergeKind
+from loscar_core.methods import parse_method, settle
 from loscar_core.selection import SelectionKind
 from loscar_deploy.link_spec import LinkSpec
 from loscar_deploy.simulate import Simulation, SimulationPlan, SimulationResult
@@ -72,6 +73,27 @@ def simulate(
     links = (LinkSpec.parse(link),) * workers
     result = Simulation(SimulationPlan(task, config, workers, links, tuple(step_s or [1.0] * workers), partition)).run()
     return Outcome(result, *average(task, result, train_loss))
+
+
+def simulate_method(
+    task: Task, method: str, *, workers: int, rounds: int, seed: int, evaluate_every: int = 0, **settings: Any
+) -> SimulationResult:
+    """A run of a method on equal machines without links, whatever settings it needs; there is no final round.
+
+    A step takes a virtual millisecond: however many of them a round has, it is over before its deadline.
+    """
+    chosen = parse_method(method)
+    values = {
+        "seed": seed,
+        "rounds": rounds,
+        "evaluate_every": evaluate_every,
+        "final_round": FinalRound.NONE,
+        "method": chosen.text(),
+        **settings,
+    }
+    config = RunConfig(**settle(chosen, values, list(settings)))
+    links = (LinkSpec.parse("none"),) * workers
+    return Simulation(SimulationPlan(task, config, workers, links, (1e-3,) * workers)).run()
 
 
 def average(task: Task, result: SimulationResult, train_loss: bool = True) -> tuple[float, float, float]:

@@ -214,6 +214,7 @@ def add_protection(parser: ArgumentParser) -> None:
     group.add_argument("--max-params", metavar="N", default="64e9", help="largest model, in coordinates")
     group.add_argument("--streams-per-host", metavar="N", default="512", help="open streams from one address")
     group.add_argument("--joins-per-second", metavar="N", default="200", help="new streams a second")
+    group.add_argument("--max-average-bytes", metavar="N", default="1e9", help="memory for `session.average`")
 
 
 def add_client(parser: ArgumentParser) -> None:

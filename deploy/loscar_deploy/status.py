@@ -60,7 +60,7 @@ async def show_status(target: str, security: ClientSecurity, *, as_json: bool, w
         else:
             console = console_for(sys.stdout)
             console.print(status_table(reply))
-            _print_departures(console, reply)
+            _print_details(console, reply)
         return 0
     finally:
         await client.close()
@@ -79,7 +79,10 @@ async def _watch(client: Client, reply: pb.StatusReply, as_json: bool) -> None:
             reply = await client.status()
 
 
-def _print_departures(console: Console, reply: pb.StatusReply) -> None:
+def _print_details(console: Console, reply: pb.StatusReply) -> None:
+    for a in reply.averages:
+        waiting = f"{a.missing} have not taken it yet" if a.answered else f"waiting for {a.missing} more"
+        console.print(f"average {a.label}: {a.offered} vectors, {waiting}", highlight=False, markup=False)
     for d in reply.departures:
         console.print(f"{d.name} left {d.ago_s:.0f} s ago: {d.reason} {d.detail}", highlight=False, markup=False)
     for r in reply.refusals:

@@ -26,6 +26,7 @@ TRAIN = f"/{SERVICE}/Train"
 STATUS = f"/{SERVICE}/Status"
 FETCH_MODEL = f"/{SERVICE}/FetchModel"
 STOP = f"/{SERVICE}/Stop"
+AVERAGE = f"/{SERVICE}/Average"
 
 MAX_MESSAGE_BYTES = 4 << 20
 """Largest message either side accepts; what is sent stays well below (1 MiB of values)."""

@@ -35,6 +35,7 @@ class StreamLimits:
         fetches: streams that fetch the model, from everywhere.
         hello_s: how long an open stream may stay without a hello.
         stall_s: how long a stream may take nothing of what it is sent.
+        average_bytes: what the vectors and answers of one-off averages may take in all.
     """
 
     streams_per_host: int = 512
@@ -42,6 +43,7 @@ class StreamLimits:
     fetches: int = 16
     hello_s: float = 10.0
     stall_s: float = 120.0
+    average_bytes: int = 1 << 30
 
 
 def address_of(context: Context) -> str:
@@ -116,6 +118,13 @@ class Door:
                 yield
             finally:
                 self.fetching -= 1
+
+    @contextlib.asynccontextmanager
+    async def call(self, context: Context) -> AsyncIterator[str]:
+        """Room for a stream of a worker beside its member's stream."""
+        await self.authenticate(context)
+        async with self._stream(context) as host:
+            yield host
 
     @contextlib.asynccontextmanager
     async def _stream(self, context: Context) -> AsyncIterator[str]:

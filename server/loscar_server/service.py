@@ -23,6 +23,7 @@ from loscar_core.replica import Floats
 from loscar_core.server_machine import ServerMachine
 from loscar_core.state import Position
 from loscar_server.admission import Context, Door, StreamLimits, stalled
+from loscar_server.averages import AverageDesk
 from loscar_server.refusals import Refusals
 from loscar_server.status import status_of
 from loscar_wire._generated import parameter_server_pb2 as pb
@@ -69,18 +70,29 @@ class ParameterService:
         guard: StreamLimits | None = None,
     ) -> None:
         self.machine = machine
-        self.bytes_in = 0
-        self.bytes_out = 0
         self.first_round = 0
         self.finished = asyncio.Event()
         self.stepped_down: str | None = None
         self._door = Door(token, guard or StreamLimits())
+        self._averages = AverageDesk(machine, self._door, self._door.limits.average_bytes)
+        self._bytes_in = 0
+        self._bytes_out = 0
         self._observe = observe
         self._streams: dict[int, _Stream] = {}
         self._peers = 0
         self._copy: tuple[Position, Floats] | None = None  # of the model, while it is fetched
         self._no_streams = asyncio.Event()
         self._no_streams.set()
+
+    @property
+    def bytes_in(self) -> int:
+        """Payload of all that workers have sent."""
+        return self._bytes_in + self._averages.bytes_in
+
+    @property
+    def bytes_out(self) -> int:
+        """Payload of all that workers were sent."""
+        return self._bytes_out + self._averages.bytes_out
 
     @property
     def refusals(self) -> Refusals:
@@ -133,7 +145,7 @@ class ParameterService:
             return
         data = first.result()
         while data is not grpc.aio.EOF and not stream.outbox.closing:
-            self.bytes_in += len(data)
+            self._bytes_in += len(data)
             self._received(peer, stream, data)
             if stream.outbox.closing:
                 return
@@ -158,7 +170,7 @@ class ParameterService:
 
     async def _write(self, peer: int, outbox: Outbox, context: Context) -> None:
         def written(size: int) -> None:
-            self.bytes_out += size
+            self._bytes_out += size
 
         def drained() -> None:
             self._carry_out(self.machine.drained(peer, time.monotonic()))
@@ -191,6 +203,8 @@ class ParameterService:
                 stream = self._streams.get(peer)
                 if stream is not None:
                     self._door.note(stream.address, stream.name, error)
+            case fx.MemberGone(departure):
+                self._averages.look(departure.reason)
             case fx.RoundCommitted(position):
                 self.first_round = self.first_round or position.round
             case fx.RunFinished():
@@ -213,6 +227,7 @@ class ParameterService:
             if now >= looked + MAX_TICK_S:
                 looked = now
                 self._drop_stalled(now)
+                self._averages.look()
             due = self.machine.next_wakeup()
             wait = MAX_TICK_S if due is None else min(MAX_TICK_S, max(0.001, due - time.monotonic()))
             await asyncio.sleep(wait)
@@ -243,12 +258,18 @@ class ParameterService:
     async def status(self, data: bytes, context: Context) -> pb.StatusReply:
         await self._door.request(pb.StatusRequest, data, context)
         now = time.monotonic()
-        return status_of(self.machine, now, self.bytes_in, self.bytes_out, self.first_round, self.refusals)
+        reply = status_of(self.machine, now, self.bytes_in, self.bytes_out, self.first_round, self.refusals)
+        reply.averages.extend(self._averages.status())
+        return reply
 
     async def stop_run(self, data: bytes, context: Context) -> pb.StopReply:
         request = await self._door.request(pb.StopRequest, data, context)
         self.stop("".join(c if c.isprintable() else "?" for c in request.why[:500]) or "asked to stop")
         return pb.StopReply()
+
+    async def average(self, _: AsyncIterator[bytes], context: Context) -> None:
+        """A worker's part in a one-off average."""
+        await self._averages.serve(context)
 
     async def fetch_model(self, data: bytes, context: Context) -> None:
         """The consensus as of one commit: a copy, since rounds go on while it is sent."""
@@ -292,6 +313,7 @@ class ParameterService:
             "Stop": grpc.unary_unary_rpc_method_handler(
                 self.stop_run, response_serializer=pb.StopReply.SerializeToString
             ),
+            "Average": grpc.stream_stream_rpc_method_handler(self.average),
             "FetchModel": grpc.unary_stream_rpc_method_handler(self.fetch_model),
         }
         handler: grpc.GenericRpcHandler = grpc.method_handlers_generic_handler(SERVICE, methods)

@@ -42,7 +42,7 @@ from loscar_core.state import Lineage, bitmap
 from loscar_wire._generated import parameter_server_pb2 as pb
 from loscar_wire.mapping import decode_worker_message, encode_worker_message
 from loscar_wire.status import from_status
-from loscar_wire.transport import FETCH_MODEL, STATUS, STOP, TRAIN
+from loscar_wire.transport import AVERAGE, FETCH_MODEL, STATUS, STOP, TRAIN
 
 pytestmark = pytest.mark.timeout(200)
 
@@ -249,7 +249,7 @@ def call(town: Town, method: str, data: bytes, metadata: list[tuple[str, str]]) 
 
 @settings(max_examples=60, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
-    method=st.sampled_from([STATUS, STOP, FETCH_MODEL, TRAIN]),
+    method=st.sampled_from([STATUS, STOP, FETCH_MODEL, TRAIN, AVERAGE]),
     data=st.one_of(st.binary(max_size=100), st.binary(max_size=20).map(lambda b: b + b"\xff"), st.just(b"")),
     token=st.sampled_from(["secret", "secret", "Secret", "", None]),
 )
@@ -280,7 +280,7 @@ def test_garbage_in_other_calls_is_refused_like_that_on_a_stream(town: Town) -> 
     town.honest_round()
 
 
-@pytest.mark.parametrize("method", [TRAIN, STATUS, STOP, FETCH_MODEL])
+@pytest.mark.parametrize("method", [TRAIN, STATUS, STOP, FETCH_MODEL, AVERAGE])
 def test_a_message_beyond_the_limit_is_refused_before_it_is_held(town: Town, method: str) -> None:
     before = town.resident_bytes()
     for _ in range(3):

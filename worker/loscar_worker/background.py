@@ -20,11 +20,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from loscar_core.errors import LoscarError, SessionFailedError
+from loscar_core.gathering import Answer, Values
 from loscar_core.messages import Reason, WorkerReport
 from loscar_core.replica import Floats
 from loscar_core.worker_effects import Initialise, ProgressWanted, RoundOpen, RunEnded, Update, WorkerEffect
 from loscar_core.worker_engine import WorkerEngine
 from loscar_core.worker_state import export_worker
+from loscar_wire.averages import AverageCall, check_call
+from loscar_worker.averaging import Averaging
 from loscar_worker.connection import Connection, ConnectionOptions
 from loscar_worker.loop import shared_loop
 from loscar_worker.model import HostCopy, ModelView, Selected
@@ -101,6 +104,7 @@ class Background:
         self._updates: list[ReadyUpdate] = []
         self._changes: dict[str, object] = {}
         self._delivering = False
+        self._averaging: list[concurrent.futures.Future[None]] = []
 
     def start(self) -> None:
         self._running = asyncio.run_coroutine_threadsafe(self._run(), self._loop)
@@ -145,10 +149,34 @@ class Background:
     def stop_run(self, why: str) -> None:
         self._post(self.connection.stop_run, why)
 
+    def average(self, label: str, values: Values, wait_s: float, at_least: int) -> concurrent.futures.Future[Answer]:
+        """Begin a one-off average of a vector; what comes of it."""
+        call = AverageCall(
+            self.engine.run_id,
+            self.engine.incarnation,
+            label,
+            values.size,
+            values.dtype.name,
+            wait_s,
+            at_least,
+        )
+        check_call(call)
+        averaging = Averaging(call, values, self.connection.servers, self.connection.security)
+        running = asyncio.run_coroutine_threadsafe(averaging.run(), self._loop)
+        self._averaging = [*(r for r in self._averaging if not r.done()), running]
+        return averaging.answer
+
+    @property
+    def ended(self) -> bool:
+        """The connection has ended, as it should or not."""
+        return self._running is not None and self._running.done()
+
     def close(self, reason: Reason, detail: str) -> None:
         """Leave, and wait until the connection is closed."""
         if self._running is None:
             return
+        for averaging in self._averaging:
+            averaging.cancel()
         self._loop.call_soon_threadsafe(self.connection.leave, reason, detail)
         try:
             self._running.result(CLOSE_S)

@@ -115,6 +115,17 @@ class Connection:
         self._said_waiting = False
         self._said_lost: type[LoscarError] | None = None
         self._welcomes = 0
+        self._target = options.servers[0]
+
+    @property
+    def servers(self) -> tuple[str, ...]:
+        """All addresses, the one tried last first."""
+        at = self._options.servers.index(self._target)
+        return self._options.servers[at:] + self._options.servers[:at]
+
+    @property
+    def security(self) -> ClientSecurity:
+        return self._options.security
 
     # --- what the session asks for (on the loop) ------------------------------------------------------------
 
@@ -174,7 +185,7 @@ class Connection:
         backoff = FIRST_BACKOFF_S
         attempt = 0
         while not self._leaving.is_set():
-            target = self._options.servers[attempt % len(self._options.servers)]
+            target = self._target = self._options.servers[attempt % len(self._options.servers)]
             attempt += 1
             joined_before = self._joined
             self._joined = False

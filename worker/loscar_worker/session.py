@@ -11,18 +11,29 @@ import atexit
 import contextlib
 import json
 import logging
+import math
 import os
 import socket
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, wait
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from loscar_core.errors import ConfigError, ServerLostError, SessionFailedError
+from loscar_core.errors import (
+    ConfigError,
+    LoscarError,
+    MalformedError,
+    NonFiniteError,
+    ServerLostError,
+    SessionFailedError,
+)
+from loscar_core.gathering import Answer
 from loscar_core.merge import RejoinKind, parse_rejoin
 from loscar_core.messages import Reason
 from loscar_core.worker_cycle import Action
@@ -38,6 +49,7 @@ from loscar_worker.round_record import RoundRecord
 log = logging.getLogger("loscar.worker")
 
 WAIT_SLICE_S = 1.0
+AVERAGE_SLICE_S = 0.1
 
 
 class Session(TrainingHalf):
@@ -76,6 +88,7 @@ class Session(TrainingHalf):
         self._asked_to_stop = False
         self._interrupted = False
         self._closed = False
+        self._averages = 0  # that were called for without a label
 
     # --- joining --------------------------------------------------------------------------------------------
 
@@ -154,6 +167,75 @@ class Session(TrainingHalf):
                 return
             self.note_wait(wait_changed(self._background.mailbox, version, WAIT_SLICE_S))
 
+    # --- one-off averages ---------------------------------------------------------------------------------------
+
+    def average(
+        self, tensor: Tensor, label: str | None = None, *, timeout_s: float = 60.0, at_least: int = 1
+    ) -> Tensor:
+        """The mean of a tensor over the run's workers, which all call this; apart from the rounds and the model.
+
+        Waits for the others: everybody gets the same values, dense and unrounded, also if the server dies meanwhile.
+        A worker that leaves is not waited for; one that comes after the time is over gets the others' average.
+
+        Args:
+            tensor: any floating dtype and device; float64 is averaged as such, others in float32. Not changed.
+            label: equal labels are averaged together, each once in a run. Without one the first calls of all workers
+                go together, and the second ones, and so on: workers that join later have to give labels.
+            timeout_s: how long the others are waited for.
+            at_least: fewer vectors than this are no average.
+
+        Returns:
+            A new tensor of the same shape, dtype and device.
+
+        Raises:
+            ConfigError: not a floating tensor, or an option that makes no sense.
+            NonFiniteError: NaN or infinity in it, or in the mean.
+            RefusedError: fewer than `at_least` came in time, the average was over long ago, or the server has no room.
+            MalformedError: the others' tensors are of another size.
+            LoscarError: as `step`.
+        """
+        if self._closed:
+            raise SessionFailedError("average() after the session was closed")
+        if not tensor.is_floating_point():
+            raise ConfigError(f"average() of a tensor of {tensor.dtype}: only floating ones have a mean; cast it first")
+        if not (timeout_s > 0 and math.isfinite(timeout_s)) or at_least < 1:
+            raise ConfigError(f"average() with timeout_s={timeout_s} and at_least={at_least}: positive ones are needed")
+        wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+        values = tensor.detach().to(device="cpu", dtype=wide, copy=True).reshape(-1).numpy()
+        if values.size == 0:
+            return tensor.detach().clone()
+        if not np.isfinite(values).all():
+            raise NonFiniteError("average() of a tensor with NaN or infinity")
+        if label is None:
+            self._averages += 1
+            label = f"#{self._averages}"
+        try:
+            coming = self._background.average(label, values, timeout_s, at_least)
+        except MalformedError as error:
+            raise ConfigError(str(error)) from None
+        answer = self._answer(coming)
+        if self.engine.incarnation not in answer.offered:
+            log.warning("average %r: %d others were averaged before this worker came", label, len(answer.offered))
+        return torch.from_numpy(answer.values).to(tensor.dtype).reshape(tensor.shape).to(tensor.device)
+
+    def _answer(self, coming: Future[Answer]) -> Answer:
+        """Wait for an average. Raises what ended the session, if that comes first."""
+        started = time.monotonic()
+        try:
+            while True:
+                wait({coming}, AVERAGE_SLICE_S)
+                if coming.done():
+                    return coming.result()
+                self._background.raise_failure()
+                if self._background.ended:
+                    raise ServerLostError("the run is over, and no server is there any more to average at")
+        except LoscarError:
+            raise
+        except Exception as error:
+            raise SessionFailedError(f"the average failed in the background: {error!r}") from error
+        finally:
+            self.note_wait(time.monotonic() - started)
+
     # --- figures --------------------------------------------------------------------------------------------
 
     @property
@@ -193,6 +275,7 @@ class Session(TrainingHalf):
             "live": torch.from_numpy(self._view.vector().copy()),
             "live_statistics": torch.from_numpy(self._view.statistics().copy()),
             "steps": self.steps,
+            "averages": self._averages,
         }
 
     # --- the end --------------------------------------------------------------------------------------------
@@ -347,6 +430,7 @@ def join(
             view.load_vector(state["live"].numpy())
             view.load_statistics(state["live_statistics"].numpy())
             session.name, session.steps = engine.name, state["steps"]
+            session._averages = state.get("averages", 0)
         except (AttributeError, LookupError, TypeError, ValueError) as error:
             raise ConfigError(f"state is not what Session.state_dict gave: {error!r}") from None
     session._join()

@@ -48,6 +48,7 @@ def _server(args: Namespace) -> int:
         guard=StreamLimits(
             o.whole("--streams-per-host", args.streams_per_host, 1),
             o.whole("--joins-per-second", args.joins_per_second, 1),
+            average_bytes=o.whole("--max-average-bytes", args.max_average_bytes, 0),
         ),
         events=args.events,
     )

@@ -583,7 +583,7 @@ class RefusalStatus(_message.Message):
     def __init__(self, address: _Optional[str] = ..., name: _Optional[str] = ..., kind: _Optional[str] = ..., count: _Optional[int] = ..., detail: _Optional[str] = ..., ago_s: _Optional[float] = ...) -> None: ...
 
 class StatusReply(_message.Message):
-    __slots__ = ("run_id", "protocol_version", "phase", "epoch", "round", "elapsed_s", "dimension", "config", "members", "departures", "refused", "stop_reason", "first_round", "bytes_in", "bytes_out", "digest", "refusals")
+    __slots__ = ("run_id", "protocol_version", "phase", "epoch", "round", "elapsed_s", "dimension", "config", "members", "departures", "refused", "stop_reason", "first_round", "bytes_in", "bytes_out", "digest", "refusals", "averages")
     class RefusedEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -608,6 +608,7 @@ class StatusReply(_message.Message):
     BYTES_OUT_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     REFUSALS_FIELD_NUMBER: _ClassVar[int]
+    AVERAGES_FIELD_NUMBER: _ClassVar[int]
     run_id: bytes
     protocol_version: int
     phase: str
@@ -625,7 +626,20 @@ class StatusReply(_message.Message):
     bytes_out: int
     digest: int
     refusals: _containers.RepeatedCompositeFieldContainer[RefusalStatus]
-    def __init__(self, run_id: _Optional[bytes] = ..., protocol_version: _Optional[int] = ..., phase: _Optional[str] = ..., epoch: _Optional[int] = ..., round: _Optional[int] = ..., elapsed_s: _Optional[float] = ..., dimension: _Optional[int] = ..., config: _Optional[_Union[RunConfig, _Mapping]] = ..., members: _Optional[_Iterable[_Union[MemberStatus, _Mapping]]] = ..., departures: _Optional[_Iterable[_Union[DepartureStatus, _Mapping]]] = ..., refused: _Optional[_Mapping[str, int]] = ..., stop_reason: _Optional[str] = ..., first_round: _Optional[int] = ..., bytes_in: _Optional[int] = ..., bytes_out: _Optional[int] = ..., digest: _Optional[int] = ..., refusals: _Optional[_Iterable[_Union[RefusalStatus, _Mapping]]] = ...) -> None: ...
+    averages: _containers.RepeatedCompositeFieldContainer[AverageStatus]
+    def __init__(self, run_id: _Optional[bytes] = ..., protocol_version: _Optional[int] = ..., phase: _Optional[str] = ..., epoch: _Optional[int] = ..., round: _Optional[int] = ..., elapsed_s: _Optional[float] = ..., dimension: _Optional[int] = ..., config: _Optional[_Union[RunConfig, _Mapping]] = ..., members: _Optional[_Iterable[_Union[MemberStatus, _Mapping]]] = ..., departures: _Optional[_Iterable[_Union[DepartureStatus, _Mapping]]] = ..., refused: _Optional[_Mapping[str, int]] = ..., stop_reason: _Optional[str] = ..., first_round: _Optional[int] = ..., bytes_in: _Optional[int] = ..., bytes_out: _Optional[int] = ..., digest: _Optional[int] = ..., refusals: _Optional[_Iterable[_Union[RefusalStatus, _Mapping]]] = ..., averages: _Optional[_Iterable[_Union[AverageStatus, _Mapping]]] = ...) -> None: ...
+
+class AverageStatus(_message.Message):
+    __slots__ = ("label", "offered", "missing", "answered")
+    LABEL_FIELD_NUMBER: _ClassVar[int]
+    OFFERED_FIELD_NUMBER: _ClassVar[int]
+    MISSING_FIELD_NUMBER: _ClassVar[int]
+    ANSWERED_FIELD_NUMBER: _ClassVar[int]
+    label: str
+    offered: int
+    missing: int
+    answered: bool
+    def __init__(self, label: _Optional[str] = ..., offered: _Optional[int] = ..., missing: _Optional[int] = ..., answered: bool = ...) -> None: ...
 
 class FetchModelRequest(_message.Message):
     __slots__ = ()
@@ -654,3 +668,59 @@ class StopRequest(_message.Message):
 class StopReply(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class AverageRequest(_message.Message):
+    __slots__ = ("call", "values", "taken")
+    CALL_FIELD_NUMBER: _ClassVar[int]
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    TAKEN_FIELD_NUMBER: _ClassVar[int]
+    call: AverageCall
+    values: bytes
+    taken: bool
+    def __init__(self, call: _Optional[_Union[AverageCall, _Mapping]] = ..., values: _Optional[bytes] = ..., taken: bool = ...) -> None: ...
+
+class AverageReply(_message.Message):
+    __slots__ = ("accepted", "answer", "values")
+    ACCEPTED_FIELD_NUMBER: _ClassVar[int]
+    ANSWER_FIELD_NUMBER: _ClassVar[int]
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    accepted: AverageAccepted
+    answer: AverageAnswer
+    values: bytes
+    def __init__(self, accepted: _Optional[_Union[AverageAccepted, _Mapping]] = ..., answer: _Optional[_Union[AverageAnswer, _Mapping]] = ..., values: _Optional[bytes] = ...) -> None: ...
+
+class AverageCall(_message.Message):
+    __slots__ = ("run_id", "incarnation", "label", "size", "dtype", "wait_s", "at_least", "awaited", "settled")
+    RUN_ID_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    LABEL_FIELD_NUMBER: _ClassVar[int]
+    SIZE_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    WAIT_S_FIELD_NUMBER: _ClassVar[int]
+    AT_LEAST_FIELD_NUMBER: _ClassVar[int]
+    AWAITED_FIELD_NUMBER: _ClassVar[int]
+    SETTLED_FIELD_NUMBER: _ClassVar[int]
+    run_id: bytes
+    incarnation: bytes
+    label: str
+    size: int
+    dtype: str
+    wait_s: float
+    at_least: int
+    awaited: bytes
+    settled: bytes
+    def __init__(self, run_id: _Optional[bytes] = ..., incarnation: _Optional[bytes] = ..., label: _Optional[str] = ..., size: _Optional[int] = ..., dtype: _Optional[str] = ..., wait_s: _Optional[float] = ..., at_least: _Optional[int] = ..., awaited: _Optional[bytes] = ..., settled: _Optional[bytes] = ...) -> None: ...
+
+class AverageAccepted(_message.Message):
+    __slots__ = ("wanted", "awaited")
+    WANTED_FIELD_NUMBER: _ClassVar[int]
+    AWAITED_FIELD_NUMBER: _ClassVar[int]
+    wanted: bool
+    awaited: bytes
+    def __init__(self, wanted: bool = ..., awaited: _Optional[bytes] = ...) -> None: ...
+
+class AverageAnswer(_message.Message):
+    __slots__ = ("offered",)
+    OFFERED_FIELD_NUMBER: _ClassVar[int]
+    offered: bytes
+    def __init__(self, offered: _Optional[bytes] = ...) -> None: ...
