@@ -76,7 +76,14 @@ def simulate(
 
 
 def simulate_method(
-    task: Task, method: str, *, workers: int, rounds: int, seed: int, evaluate_every: int = 0, **settings: Any
+    task: Task,
+    method: str,
+    *,
+    workers: int,
+    seed: int,
+    rounds: int | None = None,
+    evaluate_every: int = 0,
+    **settings: Any,
 ) -> SimulationResult:
     """A run of a method on equal machines without links, whatever settings it needs; there is no final round.
 

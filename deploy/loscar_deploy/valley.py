@@ -11,12 +11,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
+from torch import nn
 
 from loscar_core.errors import ConfigError, DataMissingError
 from loscar_deploy.model_file import load_model
@@ -54,30 +55,42 @@ class Landscape:
 
     Args:
         task: whose training data.
-        path: the run's averaged model, which the statistics of normalisation layers are taken from.
-        workers: the workers' last models.
-
-    Raises:
-        DataMissingError: a model is not there.
-        ConfigError: a model is not of this task.
+        model: one of its modules; the statistics of its normalisation layers are the averaged ones.
+        places: the workers' parameters, d float32 each; `average` is their mean.
     """
 
-    def __init__(self, task: Task, path: Path, workers: Sequence[Path]) -> None:
+    def __init__(self, task: Task, model: nn.Module, places: Sequence[Vector]) -> None:
+        self._task = task
+        self._model = model
+        self._view = ModelView(model)
+        self.places = list(places)
+        self.average: Vector = np.mean(np.stack(self.places, dtype=np.float64), axis=0).astype(np.float32)
+
+    @classmethod
+    def load(cls, task: Task, path: Path, workers: Sequence[Path]) -> Self:
+        """Of a run.
+
+        Args:
+            task: the run's.
+            path: its averaged model.
+            workers: the workers' last models.
+
+        Raises:
+            DataMissingError: a model is not there.
+            ConfigError: a model is not of this task.
+        """
         if not workers:
             raise DataMissingError("the run folder has no workers' models: run with --keep-models")
-        self._task = task
-        self._model = task.make_model(0)
-        self._view = ModelView(self._model)
-        load_model(path, self._model)
-        names = [segment.name for segment in self._view.layout.parameters]
-        found = []
+        model = task.make_model(0)
+        names = [segment.name for segment in ModelView(model).layout.parameters]
+        load_model(path, model)
+        places = []
         for worker in workers:
             tensors = load_file(worker)
             if any(name not in tensors for name in names):
                 raise ConfigError(f"{worker} is not a model of this task")
-            found.append(np.concatenate([tensors[name].reshape(-1) for name in names]).astype(np.float32))
-        self.places = found
-        self.average: Vector = np.mean(np.stack(found, dtype=np.float64), axis=0).astype(np.float32)
+            places.append(np.concatenate([tensors[name].reshape(-1) for name in names]).astype(np.float32))
+        return cls(task, model, places)
 
     @torch.no_grad()
     def loss(self, place: Vector) -> float:

@@ -47,7 +47,7 @@ def landscape(folder: Path, *places: tuple[float, float, float]) -> Landscape:
         models.append(folder / f"w{i}.safetensors")
         save_file({"x": np.array(place, np.float32)}, models[-1])
     save_file({"x": np.mean(places, axis=0).astype(np.float32)}, folder / "model.safetensors")
-    return Landscape(Bowl(), folder / "model.safetensors", models)
+    return Landscape.load(Bowl(), folder / "model.safetensors", models)
 
 
 @pytest.mark.parametrize("distance", [0.01, 0.7, 30.0])
@@ -88,10 +88,10 @@ def test_what_spans_no_plane_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="two of the 2 workers"):
             ground.surface(*pair)
     with pytest.raises(DataMissingError, match="--keep-models"):
-        Landscape(Bowl(), tmp_path / "model.safetensors", [])
+        Landscape.load(Bowl(), tmp_path / "model.safetensors", [])
     save_file({"y": np.zeros(3, np.float32)}, tmp_path / "other.safetensors")
     with pytest.raises(ConfigError, match="not a model of this task"):
-        Landscape(Bowl(), tmp_path / "model.safetensors", [tmp_path / "other.safetensors"])
+        Landscape.load(Bowl(), tmp_path / "model.safetensors", [tmp_path / "other.safetensors"])
 
 
 def test_a_run_that_keeps_its_models_can_be_looked_at(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -60,7 +60,7 @@ def _valley(args: Namespace, path: Path, task: str, data_dir: Path | None) -> di
     if not args.model.is_dir():
         raise ConfigError("--sharpness and --surface need a run folder: the workers' own models are in it")
     models = sorted((path.parent / "workers").glob("*.safetensors"))
-    landscape = Landscape(load_task(task, data_dir), path, models)
+    landscape = Landscape.load(load_task(task, data_dir), path, models)
     if args.surface is not None:
         try:
             draw(landscape.surface(0, 1), args.surface)
