@@ -204,7 +204,7 @@ def report(arguments: argparse.Namespace, runs: list[dict[str, Any]]) -> int:
                     ratios.append(ratio)
                 cells = [_claims.spread(values, 1) for values in found]
                 rows.append((data, workers, rounds, *cells, f"{ratio:.2f}"))
-    headings = ("data", "workers M", "rounds R", *METHODS, "local-sgd / mixvr")
+    headings = ("data", "M", "R", *METHODS, "local-sgd / mixvr")
     result = {"targets": {"ratio": TARGET}, "worst_ratio": min(ratios), "met": min(ratios) >= TARGET, "runs": runs}
     return _claims.finish("claim_mixvr", arguments, result, headings, rows)
 
