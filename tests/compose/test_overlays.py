@@ -82,3 +82,30 @@ def test_a_link_that_cannot_be_ends_the_container(stacks: Callable[..., Stack]) 
     worker = stack.container("worker")
     wait_until(lambda: "rtt: 'fast' is not a number" in stack.logs(worker), "the cause is named")
     assert stack.ended(worker) == 3
+
+
+def test_the_monitoring_overlay_shows_figures_of_every_container(stacks: Callable[..., Stack]) -> None:
+    """On the ports and under the names that deploy/monitoring/prometheus.yml asks for; Prometheus and Grafana
+    themselves are not started: their images are not the project's."""
+    stack = stacks("monitoring", LOSCAR_GRAFANA_PASSWORD="a-password", LOSCAR_ROUNDS="100000")
+    stack.up("--scale", "worker=2", "server", "worker")
+    stack.status_when(lambda s: len([m for m in s["members"] if m["contributed"]]) == 2, "both take part")
+    look = "import socket, sys, urllib.request as u\n"
+    look += "for host in sorted({a[4][0] for a in socket.getaddrinfo(sys.argv[1], None, socket.AF_INET)}):\n"
+    look += "    print(u.urlopen(f'http://{host}:{sys.argv[2]}/metrics', timeout=20).read().decode())\n"
+    inside = stack.container("server")
+    for service, port, metric, count in (
+        ("server", "9500", "loscar_server_round ", 1),
+        ("worker", "9501", "loscar_worker_steps_total ", 2),
+    ):
+        found = stack.execute(inside, "python3", "-c", look, service, port)
+        assert found.returncode == 0, found.stderr
+        lines = [line for line in found.stdout.splitlines() if line.startswith(metric)]
+        assert len(lines) == count
+        assert all(float(line.split()[1]) > 0 for line in lines)
+
+
+def test_the_monitoring_overlay_wants_a_password(stacks: Callable[..., Stack]) -> None:
+    done = stacks("monitoring").compose("config", check=False)
+    assert done.returncode != 0
+    assert "LOSCAR_GRAFANA_PASSWORD" in done.stderr
