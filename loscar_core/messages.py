@@ -43,6 +43,12 @@ class Reason(StrEnum):
     """Most of the others were lost: look at the other addresses before the run goes on here without them."""
 
 
+COMEBACK = frozenset(
+    (Reason.SERVER_STOPPED, Reason.STEPPED_DOWN, Reason.CUT_OFF, Reason.LEASE_EXPIRED, Reason.STREAM_CLOSED)
+)
+"""Who goes for one of these comes back, here or at another server."""
+
+
 class Purpose(IntEnum):
     """What a stream of vector chunks is; the numbers travel."""
 

@@ -140,6 +140,7 @@ class Departure:
     reason: Reason
     detail: str
     at_s: float
+    incarnation: bytes
 
 
 class MemberTable:
@@ -234,7 +235,7 @@ class MemberTable:
             # Bitmaps and rosters go by slots: they must not grow with every name that comes and goes.
             while len(self._reserved) > self._most + SPARE_SLOTS:
                 del self._reserved[next(iter(self._reserved))]
-        self.departures.append(Departure(member.name, member.slot, reason, detail, now))
+        self.departures.append(Departure(member.name, member.slot, reason, detail, now, member.incarnation))
         self.departure_counts[reason] = self.departure_counts.get(reason, 0) + 1
 
     def next_lease_end(self) -> float | None:

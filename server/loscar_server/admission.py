@@ -65,6 +65,7 @@ class Door:
         self.refusals = Refusals()
         self._token = token
         self._hosts: Counter[str] = Counter()
+        self._callers: Counter[str] = Counter()
         self._recent_joins: deque[float] = deque()
         self.fetching = 0
 
@@ -121,25 +122,25 @@ class Door:
 
     @contextlib.asynccontextmanager
     async def call(self, context: Context) -> AsyncIterator[str]:
-        """Room for a stream of a worker beside its member's stream."""
+        """Room for a stream of a worker beside its member's stream; they are counted on their own."""
         await self.authenticate(context)
-        async with self._stream(context) as host:
+        async with self._stream(context, self._callers) as host:
             yield host
 
     @contextlib.asynccontextmanager
-    async def _stream(self, context: Context) -> AsyncIterator[str]:
-        host = address_of(context)
-        if self._hosts[host] >= self.limits.streams_per_host:
-            await self.refuse(context, RefusedError(f"{host} has {self._hosts[host]} streams already"))
-        self._hosts[host] += 1
+    async def _stream(self, context: Context, counts: Counter[str] | None = None) -> AsyncIterator[str]:
+        host, hosts = address_of(context), self._hosts if counts is None else counts
+        if hosts[host] >= self.limits.streams_per_host:
+            await self.refuse(context, RefusedError(f"{host} has {hosts[host]} streams already"))
+        hosts[host] += 1
         try:
             # Otherwise it goes with the first message, and a status could not be sent while that is under way.
             await context.send_initial_metadata(())
             yield host
         finally:
-            self._hosts[host] -= 1
-            if not self._hosts[host]:
-                del self._hosts[host]
+            hosts[host] -= 1
+            if not hosts[host]:
+                del hosts[host]
 
     async def taken(self, context: Context, data: bytes) -> None:
         """Write a message of a stream that is no member's; who does not take it is refused."""

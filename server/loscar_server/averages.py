@@ -13,13 +13,16 @@ import numpy as np
 
 from loscar_core.errors import ConnectError, LoscarError, MalformedError, NonFiniteError, WrongRunError
 from loscar_core.gathering import Answer, Gathering, Gatherings, Values
-from loscar_core.messages import Reason
+from loscar_core.messages import COMEBACK, Reason
 from loscar_core.server_machine import ServerMachine
+from loscar_core.server_members import Departure
 from loscar_core.server_state import Phase
+from loscar_core.state import Position
 from loscar_server.admission import Context, Door, stalled
 from loscar_wire._generated import parameter_server_pb2 as pb
 from loscar_wire.averages import (
     CHUNK_BYTES,
+    MOST_WORKERS,
     AverageCall,
     Taken,
     decode_request,
@@ -28,6 +31,10 @@ from loscar_wire.averages import (
     encode_head,
 )
 from loscar_wire.pieces import text_of
+
+SENT_AWAY = (Reason.CUT_OFF, Reason.STEPPED_DOWN, Reason.SERVER_STOPPED)
+BACK_S = 20.0
+"""How long a recovered run's workers are waited for before averages go on without them; their back-off is shorter."""
 
 
 class AverageDesk:
@@ -47,41 +54,72 @@ class AverageDesk:
         self._gatherings = Gatherings(limit_bytes)
         self._changed = asyncio.Event()
         self._known: dict[bytes, float] = {}  # incarnations that are waited for, and until when if they have vanished
+        self._elsewhere: set[bytes] = set()  # those of them that were sent to other servers
+        self._were = 0  # workers before a recovery
+        self._back_by_s = -math.inf  # until then they are waited for
+        self._tasks: set[asyncio.Task[None]] = set()
 
-    def look(self, gone: Reason | None = None) -> None:
-        """Whatever members and the time have changed: call it when a member has gone, and now and then.
+    # --- what has changed -----------------------------------------------------------------------------------
 
-        Args:
-            gone: why, if one has.
-        """
+    def look(self) -> None:
+        """Whatever the time has changed; now and then."""
         before = len(self._gatherings)
         if before == 0:
             return
         now = time.monotonic()
-        self._know(now, gone)
-        closed = self._gatherings.look(self._known.keys(), now)
-        if closed or len(self._gatherings) != before:
+        self._know(now)
+        ready = self._gatherings.look(self._known.keys(), now)
+        for gathering in ready:
+            self._tasks.add(task := asyncio.create_task(self._average(gathering), name=f"average {gathering.label}"))
+            task.add_done_callback(self._tasks.discard)
+        if len(self._gatherings) != before:
             self._wake()
+
+    def gone(self, departure: Departure) -> None:
+        """A member has gone. Who may come back is waited for, for the time of a lease."""
+        who = departure.incarnation
+        if not len(self._gatherings):
+            return
+        if departure.reason in COMEBACK:
+            self._known[who] = time.monotonic() + self._machine.limits.lease_s
+            if departure.reason in SENT_AWAY:
+                self._elsewhere.add(who)
+        else:
+            self._known.pop(who, None)
+        self.look()
+        self._wake()
+
+    def started(self, position: Position) -> None:
+        """The run goes on here. After a recovery some of its workers may still be on their way."""
+        replica = self._machine.replica
+        if position.round > 0 and replica is not None:
+            self._were, self._back_by_s = replica.members, time.monotonic() + BACK_S
+
+    async def close(self) -> None:
+        """End what is being computed."""
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     def _wake(self) -> None:
         """Let every call look at its gathering again."""
         self._changed.set()
         self._changed = asyncio.Event()
 
-    def _know(self, now: float, gone: Reason | None = None) -> dict[bytes, int]:
-        """Note who is a member, and who was until now; the slots of the members."""
+    def _know(self, now: float) -> dict[bytes, int]:
+        """Note who is a member; their slots."""
         slots = {m.incarnation: m.slot for m in self._machine.members.workers()}
-        known = dict.fromkeys(slots, math.inf)
-        for who, until in self._known.items():
-            if who in known:
-                continue
-            if until == math.inf:  # it was a member when this was last looked at
-                vanished = gone in (None, Reason.STREAM_CLOSED, Reason.LEASE_EXPIRED)
-                until = now + self._machine.limits.lease_s if vanished else now
-            if until > now:
-                known[who] = until
-        self._known = known
+        self._known = {who: until for who, until in self._known.items() if until > now} | dict.fromkeys(slots, math.inf)
+        self._elsewhere.intersection_update(self._known.keys() - slots.keys())
         return slots
+
+    async def _average(self, gathering: Gathering) -> None:
+        """The mean of large vectors takes seconds: not on the loop."""
+        outcome = await asyncio.to_thread(gathering.average)
+        gathering.conclude(outcome, time.monotonic())
+        self._wake()
+        self.look()
 
     def status(self) -> list[pb.AverageStatus]:
         """The averages that somebody needs still."""
@@ -96,32 +134,40 @@ class AverageDesk:
             for g in self._gatherings
         ]
 
+    # --- a call ---------------------------------------------------------------------------------------------
+
     async def serve(self, context: Context) -> None:
         """One call, until all who need the answer have it."""
         async with self._door.call(context):
             try:
-                await self._serve(context)
+                call = await self._said(context, self._door.limits.hello_s)
+                if not isinstance(call, AverageCall):
+                    raise MalformedError("a call for an average begins with what it is")
+                gathering, slot = self._enter(call)
+                try:
+                    await self._serve(context, call, gathering, slot)
+                finally:
+                    self._gatherings.leave(gathering, time.monotonic())
             except LoscarError as error:
                 await self._door.refuse(context, error)
 
-    async def _serve(self, context: Context) -> None:
-        call = await self._said(context, self._door.limits.hello_s)
-        if not isinstance(call, AverageCall):
-            raise MalformedError("a call for an average begins with what it is")
-        gathering, slot = self._enter(call)
-        wanted = gathering.wants(call.incarnation)
-        await self._write(context, encode_accepted(wanted, sorted(gathering.awaited)))
-        if wanted:
-            with self._arriving(gathering, call.incarnation):
+    async def _serve(self, context: Context, call: AverageCall, gathering: Gathering, slot: int) -> None:
+        who = call.incarnation
+        if gathering.wants(who):
+            with self._arriving(gathering, who):
+                await self._write(context, encode_accepted(True, sorted(gathering.awaited)[:MOST_WORKERS]))
                 values = await self._values(context, call)
             if call.settled:
                 gathering.settle(Answer(values, call.settled), time.monotonic())
                 self._wake()
             else:
-                gathering.add(call.incarnation, slot, values)
+                gathering.add(who, slot, values)
+            del values  # this call may go on for long
+        else:
+            await self._write(context, encode_accepted(False, sorted(gathering.awaited)[:MOST_WORKERS]))
         self.look()
         while not gathering.closed:
-            await self._changed.wait()
+            await self._change(who)
         if gathering.error is not None:
             raise gathering.error
         assert gathering.answer is not None
@@ -129,10 +175,16 @@ class AverageDesk:
             await self._tell(context, gathering.answer)
             if not isinstance(await self._said(context, self._door.limits.stall_s), Taken):
                 raise MalformedError("an answer was given, and something else than its receipt came back")
-        gathering.take(call.incarnation)
+        gathering.take(who)
         self.look()
         while gathering in self._gatherings:
-            await self._changed.wait()
+            await self._change(who)
+
+    async def _change(self, who: bytes) -> None:
+        """Until something has changed. Raises ConnectError when this worker is at another server by now, or lost."""
+        await self._changed.wait()
+        if who in self._elsewhere or who not in self._known:
+            raise ConnectError("this worker is a member here no more")
 
     def _enter(self, call: AverageCall) -> tuple[Gathering, int]:
         """What a worker calls for, and its slot."""
@@ -143,6 +195,8 @@ class AverageDesk:
         if machine.phase not in (Phase.RUNNING, Phase.FINISHED) or call.incarnation not in slots:
             # One that it will be, perhaps: its stream may still be on its way, or the run about to be recovered.
             raise ConnectError("an average is for workers of a run that goes on: this one is none yet")
+        if now < self._back_by_s and len(slots) < self._were:
+            raise ConnectError(f"{len(slots)} of the run's {self._were} workers are back: the others are waited for")
         gathering = self._gatherings.enter(
             call.label,
             call.incarnation,
@@ -150,6 +204,7 @@ class AverageDesk:
             call.dtype,
             present=slots.keys(),
             told=call.awaited,
+            settled=bool(call.settled),
             wait_s=call.wait_s,
             at_least=call.at_least,
             now=now,
@@ -158,7 +213,6 @@ class AverageDesk:
 
     @contextlib.contextmanager
     def _arriving(self, gathering: Gathering, who: bytes) -> Iterator[None]:
-        gathering.expect(who)
         try:
             yield
         finally:

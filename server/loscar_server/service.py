@@ -204,7 +204,9 @@ class ParameterService:
                 if stream is not None:
                     self._door.note(stream.address, stream.name, error)
             case fx.MemberGone(departure):
-                self._averages.look(departure.reason)
+                self._averages.gone(departure)
+            case fx.RunStarted(position):
+                self._averages.started(position)
             case fx.RoundCommitted(position):
                 self.first_round = self.first_round or position.round
             case fx.RunFinished():
@@ -246,6 +248,7 @@ class ParameterService:
     async def shut_down(self) -> None:
         """Say goodbye to everybody and let the streams end."""
         self._carry_out(self.machine.shut_down(time.monotonic()))
+        await self._averages.close()
         await self.streams_ended(GOODBYE_FLUSH_S)
 
     async def streams_ended(self, timeout_s: float) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from loscar_core.errors import (
     ConfigError,
+    InterruptedRunError,
     LoscarError,
     MalformedError,
     NonFiniteError,
@@ -115,7 +116,7 @@ def test_who_does_not_come_in_time_gets_the_others_average(
 ) -> None:
     server = joined(processes, crew)
     on_time = {name: torch.tensor(v) for name, v in (("w0", 1.0), ("w1", 2.0))}
-    assert [float(x) for x in together(crew, pool, on_time, label="early", timeout_s=1.0)] == [1.5, 1.5]
+    assert [float(x) for x in together(crew, pool, on_time, label="early", timeout_s=4.0)] == [1.5, 1.5]
     assert float(crew.sessions["w2"].average(torch.tensor(100.0), "early")) == 1.5
     assert "average 'early': 2 others were averaged before this worker came" in caplog.text
     with pytest.raises(RefusedError, match=r"'many': 1 of at least 3 vectors came in 0\.5 s"):
@@ -125,17 +126,22 @@ def test_who_does_not_come_in_time_gets_the_others_average(
     assert "Traceback" not in server.err
 
 
-def test_a_server_that_dies_while_vectors_are_gathered_changes_nothing(
-    processes: Processes, crew: Crew, pool: ThreadPoolExecutor
+@pytest.mark.parametrize("signals", [[signal.SIGKILL], [signal.SIGTERM, signal.SIGTERM]], ids=["killed", "told twice"])
+def test_a_server_that_ends_while_vectors_are_gathered_changes_nothing(
+    processes: Processes, crew: Crew, pool: ThreadPoolExecutor, signals: list[signal.Signals]
 ) -> None:
-    """Two have offered and wait when it is killed; its successor, without a disk, waits for the third as well."""
+    """Two have offered and wait when it goes; its successor, without a disk, waits for the third as well."""
     first = joined(processes, crew)
     crew.train_until(lambda: status_of(first.address).round >= 2, "rounds go on")
     values = {"w0": 1.0, "w1": 2.0, "w2": 6.0}
     calls = [pool.submit(crew.sessions[name].average, torch.tensor(values[name])) for name in ("w0", "w1")]
     wait_until(offered(first, 2), "two vectors are there")
-    first.signal(signal.SIGKILL)
+    first.signal(signals[0])
+    if len(signals) > 1:
+        first.says("once more to stop at once")
+        first.signal(signals[1])
     first.wait()
+    assert not any(call.done() for call in calls)
     second = processes.server(*crew.flags, listen=first.address)
     wait_until(offered(second, 2), "both have offered again")
     assert not any(call.done() for call in calls)
@@ -149,7 +155,7 @@ def test_who_missed_the_answer_of_a_server_that_died_gets_it_from_the_others(
     processes: Processes, crew: Crew, pool: ThreadPoolExecutor
 ) -> None:
     """The third is cut off after it has offered, the others get the answer, and the server dies: the next one cannot
-    compute the mean again, since those who have it keep their own vectors no more."""
+    compute the mean again, since those who have it keep their own vectors no more. The answer is theirs to change."""
     first = processes.server(*crew.flags, "--workers", "3")
     gate = Gate(first.address)
     try:
@@ -162,6 +168,7 @@ def test_who_missed_the_answer_of_a_server_that_died_gets_it_from_the_others(
         got = together(crew, pool, {name: values[name] for name in ("w0", "w1")})
         assert torch.equal(got[0], got[1])
         torch.testing.assert_close(got[0], torch.stack(list(values.values())).mean(0))
+        got[1].mul_(2.0)  # the caller's own: what the others are told does not change with it
         [left] = status_of(first.address).averages
         assert (left.offered, left.missing, left.answered) == (3, 1, True)
         assert not cut_off.done()
@@ -181,8 +188,9 @@ def test_what_makes_no_sense_is_refused_before_anything_is_sent(processes: Proce
     for error, message, call in (
         (ConfigError, "only floating ones", lambda: session.average(torch.arange(3))),
         (NonFiniteError, "NaN or infinity", lambda: session.average(torch.tensor([1.0, float("nan")]))),
-        (ConfigError, "positive ones are needed", lambda: session.average(torch.ones(1), timeout_s=0.0)),
-        (ConfigError, "positive ones are needed", lambda: session.average(torch.ones(1), at_least=0)),
+        (ConfigError, "out of range", lambda: session.average(torch.ones(1), timeout_s=0.0)),
+        (ConfigError, "out of range", lambda: session.average(torch.ones(1), at_least=0)),
+        (ConfigError, "out of range", lambda: session.average(torch.ones(1), at_least=1 << 31)),
         (ConfigError, "1 to 200 printable", lambda: session.average(torch.ones(1), "a\n")),
         (ConfigError, "up to 86400 s", lambda: session.average(torch.ones(1), timeout_s=1e6)),
     ):
@@ -224,6 +232,38 @@ def test_a_session_that_ends_does_not_leave_its_caller_waiting(
     crew.join({"w0": server.address})  # a newer worker takes over the name
     with pytest.raises(LoscarError):
         coming.result(DEADLINE_S)
+
+
+def test_a_call_that_fails_counts_so_that_the_next_ones_go_together(
+    processes: Processes, crew: Crew, pool: ThreadPoolExecutor
+) -> None:
+    joined(processes, crew, names=("w0", "w1"))
+    with pytest.raises(NonFiniteError):
+        crew.sessions["w0"].average(torch.tensor(float("inf")))
+    assert float(crew.sessions["w1"].average(torch.tensor(7.0), timeout_s=0.5)) == 7.0
+    got = together(crew, pool, {"w0": torch.tensor(1.0), "w1": torch.tensor(3.0)})
+    assert [float(x) for x in got] == [2.0, 2.0]
+
+
+@pytest.mark.parametrize("how", ["interrupt", "close"])
+def test_who_waits_is_freed_by_its_own_session(
+    processes: Processes, crew: Crew, pool: ThreadPoolExecutor, how: str
+) -> None:
+    server = joined(processes, crew)
+    coming = pool.submit(crew.sessions["w0"].average, torch.ones(1))
+    wait_until(offered(server, 1), "its vector is there")
+    getattr(crew.sessions["w0"], how)()
+    with pytest.raises(InterruptedRunError if how == "interrupt" else SessionFailedError):
+        coming.result(DEADLINE_S)
+
+
+def test_a_label_is_not_used_twice(processes: Processes, crew: Crew, pool: ThreadPoolExecutor) -> None:
+    server = joined(processes, crew)
+    on_time = {name: torch.tensor(v) for name, v in (("w0", 1.0), ("w1", 2.0))}
+    together(crew, pool, on_time, label="epoch", timeout_s=2.0)
+    wait_until(lambda: [a.missing for a in status_of(server.address).averages] == [1], "two have taken it")
+    with pytest.raises(RefusedError, match="has had the average 'epoch' already"):
+        crew.sessions["w0"].average(torch.tensor(5.0), "epoch")
 
 
 # --- bad calls ----------------------------------------------------------------------------------------------

@@ -9,14 +9,21 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
 import grpc
 import numpy as np
 
-from loscar_core.errors import ConnectError, LoscarError, MalformedError, ServerLostError, WrongRunError
+from loscar_core.errors import (
+    ConnectError,
+    LoscarError,
+    MalformedError,
+    ServerLostError,
+    SessionFailedError,
+    WrongRunError,
+)
 from loscar_core.gathering import Answer, Values
 from loscar_wire.averages import (
     CHUNK_BYTES,
@@ -42,27 +49,26 @@ class Averaging:
 
     Args:
         call: what is called for; its vector is `values`.
-        servers: HOST:PORT, the one that is likeliest first.
+        target: where the worker's server is now, HOST:PORT.
         security: token and certificates.
 
     Attributes:
         answer: what came of it, or why nothing did; set once, from the loop.
     """
 
-    def __init__(self, call: AverageCall, values: Values, servers: Sequence[str], security: ClientSecurity) -> None:
+    def __init__(self, call: AverageCall, values: Values, target: Callable[[], str], security: ClientSecurity) -> None:
         self.answer: Future[Answer] = Future()
         self._call = call
         self._values = values
-        self._servers = servers
+        self._target = target
         self._security = security
         self._awaited: tuple[bytes, ...] = ()
 
     async def run(self) -> None:
         """Until all who take part have the answer, or there is none."""
-        backoff, attempt = FIRST_BACKOFF_S, 0
+        backoff = FIRST_BACKOFF_S
         while True:
-            target = self._servers[attempt % len(self._servers)]
-            attempt += 1
+            target = self._target()
             try:
                 await self._one_call(target)
                 return
@@ -74,7 +80,7 @@ class Averaging:
                 log.debug("average %r at %s: %s", self._call.label, target, error)
             except BaseException as error:
                 if not self.answer.done():
-                    self.answer.set_exception(error)
+                    self.answer.set_exception(SessionFailedError(f"the average {self._call.label!r} ended: {error!r}"))
                 raise
             await asyncio.sleep(backoff * random.uniform(0.5, 1.5))
             backoff = min(MAX_BACKOFF_S, backoff * 2)
@@ -118,7 +124,7 @@ class Averaging:
                 await stream.write(encode_values(bytes(data[start : start + CHUNK_BYTES])))
         if settled is None:
             self.answer.set_result(await self._read_answer(stream))
-            self._values = self._values[:0]
+            self._values = np.empty(0, np.float32)  # only the answer counts from now on
             await stream.write(TAKEN)
         if await stream.read() is not grpc.aio.EOF:
             raise MalformedError("more than an answer came for an average")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import logging
 import threading
 import time
@@ -104,7 +105,7 @@ class Background:
         self._updates: list[ReadyUpdate] = []
         self._changes: dict[str, object] = {}
         self._delivering = False
-        self._averaging: list[concurrent.futures.Future[None]] = []
+        self._averages: set[asyncio.Task[None]] = set()
 
     def start(self) -> None:
         self._running = asyncio.run_coroutine_threadsafe(self._run(), self._loop)
@@ -161,10 +162,19 @@ class Background:
             at_least,
         )
         check_call(call)
-        averaging = Averaging(call, values, self.connection.servers, self.connection.security)
-        running = asyncio.run_coroutine_threadsafe(averaging.run(), self._loop)
-        self._averaging = [*(r for r in self._averaging if not r.done()), running]
+        averaging = Averaging(call, values, lambda: self.connection.target, self.connection.security)
+        self._loop.call_soon_threadsafe(self._begin, averaging)
         return averaging.answer
+
+    def _begin(self, averaging: Averaging) -> None:
+        self._averages.add(task := self._loop.create_task(averaging.run(), name="average"))
+        task.add_done_callback(self._averages.discard)
+
+    async def _end_averages(self) -> None:
+        tasks = list(self._averages)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     @property
     def ended(self) -> bool:
@@ -175,8 +185,8 @@ class Background:
         """Leave, and wait until the connection is closed."""
         if self._running is None:
             return
-        for averaging in self._averaging:
-            averaging.cancel()
+        with contextlib.suppress(TimeoutError):
+            asyncio.run_coroutine_threadsafe(self._end_averages(), self._loop).result(CLOSE_S)
         self._loop.call_soon_threadsafe(self.connection.leave, reason, detail)
         try:
             self._running.result(CLOSE_S)

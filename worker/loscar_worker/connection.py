@@ -31,6 +31,7 @@ from loscar_core.errors import (
     WrongRunError,
 )
 from loscar_core.messages import (
+    COMEBACK,
     Contribution,
     Goodbye,
     Heartbeat,
@@ -57,13 +58,6 @@ MAX_BACKOFF_S = 10.0
 DEFAULT_HEARTBEAT_S = 2.0
 DEFAULT_LEASE_S = 15.0
 LEAVE_FLUSH_S = 5.0
-COMEBACK = {
-    Reason.SERVER_STOPPED,
-    Reason.STEPPED_DOWN,
-    Reason.CUT_OFF,
-    Reason.LEASE_EXPIRED,
-    Reason.STREAM_CLOSED,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,10 +112,9 @@ class Connection:
         self._target = options.servers[0]
 
     @property
-    def servers(self) -> tuple[str, ...]:
-        """All addresses, the one tried last first."""
-        at = self._options.servers.index(self._target)
-        return self._options.servers[at:] + self._options.servers[:at]
+    def target(self) -> str:
+        """The address that was tried last."""
+        return self._target
 
     @property
     def security(self) -> ClientSecurity:

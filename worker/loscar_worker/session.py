@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from loscar_core.errors import (
     ConfigError,
-    LoscarError,
+    InterruptedRunError,
     MalformedError,
     NonFiniteError,
     ServerLostError,
@@ -180,8 +180,8 @@ class Session(TrainingHalf):
         Args:
             tensor: any floating dtype and device; float64 is averaged as such, others in float32. Not changed.
             label: equal labels are averaged together, each once in a run. Without one the first calls of all workers
-                go together, and the second ones, and so on: workers that join later have to give labels.
-            timeout_s: how long the others are waited for.
+                go together, and the second ones, and so on: where workers join later, all have to give labels.
+            timeout_s: how long the others are waited for; that of the first call counts, as does its `at_least`.
             at_least: fewer vectors than this are no average.
 
         Returns:
@@ -194,21 +194,21 @@ class Session(TrainingHalf):
             MalformedError: the others' tensors are of another size.
             LoscarError: as `step`.
         """
-        if self._closed:
-            raise SessionFailedError("average() after the session was closed")
+        if self._closed or os.getpid() != self._pid:
+            raise SessionFailedError("average() after the session was closed, or in a forked process")
+        if label is None:  # counted whatever comes of it: the others count theirs
+            self._averages += 1
+            label = f"#{self._averages}"
         if not tensor.is_floating_point():
             raise ConfigError(f"average() of a tensor of {tensor.dtype}: only floating ones have a mean; cast it first")
-        if not (timeout_s > 0 and math.isfinite(timeout_s)) or at_least < 1:
-            raise ConfigError(f"average() with timeout_s={timeout_s} and at_least={at_least}: positive ones are needed")
+        if not (timeout_s > 0 and math.isfinite(timeout_s)) or not 1 <= at_least < 1 << 31:
+            raise ConfigError(f"average() with timeout_s={timeout_s} and at_least={at_least}: out of range")
         wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
         values = tensor.detach().to(device="cpu", dtype=wide, copy=True).reshape(-1).numpy()
         if values.size == 0:
             return tensor.detach().clone()
         if not np.isfinite(values).all():
             raise NonFiniteError("average() of a tensor with NaN or infinity")
-        if label is None:
-            self._averages += 1
-            label = f"#{self._averages}"
         try:
             coming = self._background.average(label, values, timeout_s, at_least)
         except MalformedError as error:
@@ -216,7 +216,8 @@ class Session(TrainingHalf):
         answer = self._answer(coming)
         if self.engine.incarnation not in answer.offered:
             log.warning("average %r: %d others were averaged before this worker came", label, len(answer.offered))
-        return torch.from_numpy(answer.values).to(tensor.dtype).reshape(tensor.shape).to(tensor.device)
+        # A copy: the answer itself may still be needed by the others.
+        return torch.from_numpy(answer.values).reshape(tensor.shape).to(tensor.device, tensor.dtype, copy=True)
 
     def _answer(self, coming: Future[Answer]) -> Answer:
         """Wait for an average. Raises what ended the session, if that comes first."""
@@ -226,13 +227,11 @@ class Session(TrainingHalf):
                 wait({coming}, AVERAGE_SLICE_S)
                 if coming.done():
                     return coming.result()
+                if self._interrupted:
+                    raise InterruptedRunError("interrupted while an average was waited for")
                 self._background.raise_failure()
                 if self._background.ended:
                     raise ServerLostError("the run is over, and no server is there any more to average at")
-        except LoscarError:
-            raise
-        except Exception as error:
-            raise SessionFailedError(f"the average failed in the background: {error!r}") from error
         finally:
             self.note_wait(time.monotonic() - started)
 
