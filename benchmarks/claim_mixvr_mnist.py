@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from loscar_core.errors import NonFiniteError
 from loscar_worker.tasks.base import ArrayDataset, Task
 
 WORKERS, BATCH, SAMPLES = 4, 4, 32_000
@@ -30,7 +31,14 @@ CHUNK = 500
 
 
 def accuracy(task: Task, method: str, rounds: int, rate: float, seed: int) -> float:
-    """Of one run's last average, on the test images."""
+    """Of one run's last average, on the test images; 0 where it diverged."""
+    try:
+        return trained(task, method, rounds, rate, seed)
+    except NonFiniteError:
+        return 0.0
+
+
+def trained(task: Task, method: str, rounds: int, rate: float, seed: int) -> float:
     task.configure(lr=rate, batch_size=BATCH)
     budget = SAMPLES // (WORKERS * BATCH * rounds)
     if method == "local-sgd":
