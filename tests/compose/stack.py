@@ -94,7 +94,10 @@ class Engine:
         if compose is None:
             if scripts is None or not (scripts / "start-engine.sh").is_file():
                 raise NoEngine(f"no container engine with Compose answers, and {SCRIPTS} names no folder to start one")
-            call(str(scripts / "start-engine.sh"), limit_s=BUILD_S)
+            started = call(str(scripts / "start-engine.sh"), limit_s=BUILD_S, check=False)
+            if started.returncode != 0:
+                said = (started.stdout + started.stderr).strip().splitlines() or ["it said nothing"]
+                raise NoEngine(f"start-engine.sh ended with {started.returncode}: {said[-1]}")
             compose = cls._ready()
         if compose is None:
             raise NoEngine("the engine was started, but it does not answer")
