@@ -11,7 +11,7 @@ COMPOSE = $(shell docker compose version >/dev/null 2>&1 && echo docker compose 
 up down: export COMPOSE_FILE ?= deploy/compose.yaml
 up down: export COMPOSE_PROJECT_NAME ?= loscar
 
-.PHONY: run test up down compose-test bench chaos fuzz schedules soak claims lint types proto clean
+.PHONY: run test up down compose-test bench chaos fuzz schedules soak load claims lint types proto clean
 
 run: $(VENV)/worker.stamp
 	$(BIN)/loscar run $(ARGS)
@@ -53,6 +53,10 @@ schedules: $(VENV)/dev.stamp
 # A hundred thousand rounds with workers that come and go; half an hour on a machine that does nothing else.
 soak: $(VENV)/worker.stamp
 	$(BIN)/python benchmarks/soak.py $(ARGS)
+
+# What a round costs with up to 256 synthetic workers; ten minutes.
+load: $(VENV)/worker.stamp
+	$(BIN)/python benchmarks/load.py $(ARGS)
 
 # What the paper claims, tried on real data; some hours, so that each can also be run alone.
 claims: $(VENV)/worker.stamp

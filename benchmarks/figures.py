@@ -17,6 +17,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 README = RESULTS.parent.parent / "README.md"
 REPRODUCTION = RESULTS.parent.parent / "docs" / "reproduction.md"
 RELIABILITY = RESULTS.parent.parent / "docs" / "reliability.md"
+LOADTEST = RESULTS.parent.parent / "docs" / "loadtest.md"
 BEGIN, END = "<!-- figures: made by benchmarks/figures.py -->", "<!-- end of figures -->"
 
 
@@ -103,8 +104,11 @@ def result_table(name: str) -> str:
     result = load(name)
     headings, rows = result["table"]["headings"], result["table"]["rows"]
     lines = [headings, ["---"] * len(headings), *rows]
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    if result.get("targets") == {}:
+        return table
     verdict = "The target is met." if result["met"] else "**The target is missed.**"
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{verdict}"
+    return f"{table}\n\n{verdict}"
 
 
 def with_tables(text: str) -> str:
@@ -121,7 +125,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="compare instead of writing")
     check = parser.parse_args().check
     stale = []
-    for page, renew in ((README, updated), (REPRODUCTION, with_tables), (RELIABILITY, with_tables)):
+    for page, renew in ((README, updated), *((page, with_tables) for page in (REPRODUCTION, RELIABILITY, LOADTEST))):
         text = page.read_text(encoding="utf-8")
         new = renew(text)
         if new != text and check:

@@ -18,7 +18,7 @@ from importlib import metadata
 
 from loscar_core.errors import LoscarError, SystemRefusedError, all_errors
 from loscar_deploy import logs
-from loscar_deploy.commands import Handler, comparing, services, tools, training
+from loscar_deploy.commands import Handler, comparing, loading, planning, services, tools, training
 
 log = logging.getLogger("loscar")
 
@@ -41,7 +41,7 @@ def build_parser() -> ArgumentParser:
         sub.add_argument("--exit-with-parent", action="store_true", help=argparse.SUPPRESS)
         return sub
 
-    for group in (training, comparing, services, tools):
+    for group in (training, planning, comparing, services, loading, tools):
         group.declare(command)
     return parser
 

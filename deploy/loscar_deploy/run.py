@@ -143,14 +143,18 @@ class LocalRun:
         args = self._plan.args
         flags = ["--listen", "127.0.0.1:0", "--workers", str(self._plan.workers), "--linger", "10m", "--json"]
         flags += _flags(args, RUN_OPTIONS)
+        if getattr(args, "dashboard", None) is not None:
+            flags.append(f"--dashboard={args.dashboard}")
         log = self._folder.log("server")
         self._server = server = await self._children.start("server", ["server", *flags], log, read_stdout=True)
         assert server.process.stdout is not None
         with contextlib.suppress(TimeoutError):
             line = await asyncio.wait_for(server.process.stdout.readline(), START_TIMEOUT_S)
             if line:
-                address: str = json.loads(line)["listening"]
-                return address
+                told: dict[str, str] = json.loads(line)
+                if "dashboard" in told:
+                    self._progress.say(f"dashboard at {told['dashboard']}")
+                return told["listening"]
         if self._forced.is_set():
             raise _forced()
         raise WorkerFailedError(f"the server did not start: {server.last_words()}")

@@ -59,6 +59,7 @@ class ModelView:
     def __init__(
         self, module: nn.Module, statistics: Iterable[str] = (), vectors: Mapping[str, Tensor] | None = None
     ) -> None:
+        module = getattr(module, "_orig_mod", module)  # torch.compile's wrapper has other names for the same tensors
         named: list[tuple[str, Tensor]] = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
         for name, parameter in named:
             if parameter.dtype not in FLOATING:

@@ -17,13 +17,17 @@ log = logging.getLogger("loscar")
 _MOST_SLOTS = 1 << 32  # the wire's; a server's own limit is --max-members
 _MOST_THREADS = 4096
 _METRICS = "serve Prometheus metrics here; port 0 takes a free one"
+_DASHBOARD = "serve a page that shows the run here; port 0 takes a free one"
 _LOG_FORMAT = "text, JSON lines, or auto: JSON lines where standard error is no terminal"
 
 
 def _server(args: Namespace) -> int:
     logs.know(role="server")
+    import asyncio
+
     import uvloop
 
+    from loscar_deploy.dashboard.app import dashboard_at
     from loscar_deploy.metrics_endpoint import metrics_at
     from loscar_server.admission import StreamLimits
     from loscar_server.app import ServerOptions, ServerProcess, run_id_bytes, serve
@@ -57,7 +61,10 @@ def _server(args: Namespace) -> int:
     if server.run_id is not None:
         logs.know(run_id=run_id_bytes(server.run_id).hex())
 
-    with metrics_at(o.given("--metrics", args.metrics)) as endpoint:
+    with (
+        metrics_at(o.given("--metrics", args.metrics)) as endpoint,
+        dashboard_at(o.given("--dashboard", args.dashboard), server.security) as dashboard,
+    ):
         metrics = None
         if endpoint is not None:
             from loscar_server.metrics import ServerMetrics
@@ -69,11 +76,15 @@ def _server(args: Namespace) -> int:
             told = {"listening": process.address, "run_id": process.run_id.hex()}
             if endpoint is not None:
                 told["metrics"] = endpoint.address
+            if dashboard is not None:
+                dashboard.watch(process.service, asyncio.get_running_loop())
+                told["dashboard"] = dashboard.url
             logs.know(run_id=told["run_id"])
             if args.json:
                 print_json(told)
             else:
                 also = "" if endpoint is None else f", metrics at http://{endpoint.address}/metrics"
+                also += "" if dashboard is None else f", dashboard at {dashboard.url}"
                 print(f"listening on {told['listening']}, run {told['run_id']}{also}", flush=True)
 
         uvloop.run(serve(server, ready, metrics))
@@ -178,6 +189,7 @@ def declare(command: Declare) -> None:
     server.add_argument("--linger", metavar="TIME", default="5m", help="serve the final model so long after the end")
     server.add_argument("--json", action="store_true", help="say where it listens as JSON")
     server.add_argument("--metrics", metavar="HOST:PORT", help=_METRICS)
+    server.add_argument("--dashboard", metavar="HOST:PORT", help=_DASHBOARD)
     server.add_argument("--log-format", default="text", choices=logs.FORMATS, help=_LOG_FORMAT)
     server.add_argument("--events", metavar="FILE", type=Path, help="append a JSON line for every event and round")
     o.add_run(server)

@@ -161,6 +161,7 @@ def declare(command: Declare) -> None:
     o.add_machines(run, "a floor under a step's time, slept")
     run.add_argument("--out", metavar="DIR", type=Path, help="the run folder (default: a new one under runs/)")
     run.add_argument("--keep-models", action="store_true", help="keep each worker's own last model as well")
+    run.add_argument("--dashboard", metavar="HOST:PORT", help="serve a page that shows the run here")
     run.add_argument("--json", action="store_true", help="print the summary as JSON, progress on standard error")
     o.add_task(run, many=True)
     o.add_run(run)
