@@ -11,7 +11,7 @@ COMPOSE = $(shell docker compose version >/dev/null 2>&1 && echo docker compose 
 up down: export COMPOSE_FILE ?= deploy/compose.yaml
 up down: export COMPOSE_PROJECT_NAME ?= loscar
 
-.PHONY: run test up down compose-test bench chaos fuzz schedules soak load claims lint types proto clean
+.PHONY: run test test-long up down compose-test bench chaos fuzz schedules soak load claims lint types proto clean
 
 run: $(VENV)/worker.stamp
 	$(BIN)/loscar run $(ARGS)
@@ -20,7 +20,11 @@ test: $(VENV)/dev.stamp $(PROTO_VENV)/stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -m "not long" $(ARGS)
+
+# What `make test` leaves out, for its length: browsers, examples, frameworks, systemd and Slurm; some minutes.
+test-long: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest -m long $(ARGS)
 
 # A server and workers in containers: see docs/deploy.md. With ARGS=-v `down` removes the volumes too.
 up:

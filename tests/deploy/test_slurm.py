@@ -18,6 +18,7 @@ SCRIPT = Path(__file__).resolve().parent.parent.parent / "deploy" / "slurm" / "l
 SUPPORT = Path(__file__).resolve().parent.parent / "support"
 
 pytestmark = [
+    pytest.mark.long,
     pytest.mark.skipif(shutil.which("bash") is None, reason="no bash on this machine"),
     pytest.mark.timeout(300),  # several processes one after the other, each of which imports torch
 ]

@@ -28,6 +28,7 @@ NAMES = ("loscar-server.service", "loscar-worker@.service")
 EXAMPLES = {"loscar-server.service": "server.env.example", "loscar-worker@.service": "worker.env.example"}
 PROGRAM = "/opt/loscar/bin/loscar"
 USAGE = 2
+pytestmark = pytest.mark.long
 # The codes after which a start with the same files would end in the same way, or do harm.
 IN_VAIN: dict[str, set[type[LoscarError]]] = {
     "loscar-server.service": {

@@ -19,7 +19,7 @@ from loscar_worker.tasks import load_task
 WORKERS, ROUNDS = 2, 6
 SETTING = ["--task", "digits", "--workers", str(WORKERS), "--step-time", "40ms", "--link", "rtt=200ms,rate=100kbit"]
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = [pytest.mark.long, pytest.mark.timeout(240)]
 
 
 @pytest.mark.parametrize(

@@ -300,6 +300,7 @@ def compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callab
     torch.compiler.reset()
 
 
+@pytest.mark.long
 @pytest.mark.timeout(400)  # the compiler takes its time on a loaded machine
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
 @pytest.mark.parametrize(
