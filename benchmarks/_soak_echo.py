@@ -1,4 +1,4 @@
-"""A bare gRPC echo in a process of its own: what messages cost on this machine in this minute, without a protocol."""
+"""Streams to a bare gRPC echo: what messages cost on this machine in this minute, without a protocol."""
 
 from __future__ import annotations
 
@@ -9,29 +9,12 @@ import time
 from typing import Any
 
 import grpc
-import uvloop
 
-from loscar_wire.transport import CLIENT_OPTIONS, SERVER_OPTIONS
+from loscar_deploy.loadtest_echo import METHOD
+from loscar_wire.transport import CLIENT_OPTIONS
 
-METHOD = "/echo/Echo"
 MESSAGE = bytes(850)
 """About what a contribution of the soak takes."""
-
-
-async def serve() -> None:
-    """Send every message back, until the standard input is closed."""
-
-    async def echo(_: Any, context: Any) -> None:
-        while (data := await context.read()) is not grpc.aio.EOF:
-            await context.write(data)
-
-    handlers = {"Echo": grpc.stream_stream_rpc_method_handler(echo)}
-    server = grpc.aio.server(options=SERVER_OPTIONS)
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("echo", handlers),))
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
-    print(port, flush=True)
-    await asyncio.to_thread(sys.stdin.read)
 
 
 class Echo:
@@ -44,7 +27,10 @@ class Echo:
     def __init__(self, streams: int) -> None:
         self._streams = streams
         self._process = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-m", "loscar_deploy.loadtest_echo"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         self._channels: list[Any] = []
         self._calls: list[Any] = []
@@ -76,7 +62,3 @@ class Echo:
             await opened.close()
         self._process.kill()
         self._process.communicate()
-
-
-if __name__ == "__main__":
-    uvloop.run(serve())
