@@ -260,7 +260,7 @@ def test_who_waits_is_freed_by_its_own_session(
 def test_a_label_is_not_used_twice(processes: Processes, crew: Crew, pool: ThreadPoolExecutor) -> None:
     server = joined(processes, crew)
     on_time = {name: torch.tensor(v) for name, v in (("w0", 1.0), ("w1", 2.0))}
-    together(crew, pool, on_time, label="epoch", timeout_s=2.0)
+    together(crew, pool, on_time, label="epoch", timeout_s=4.0)
     wait_until(lambda: [a.missing for a in status_of(server.address).averages] == [1], "two have taken it")
     with pytest.raises(RefusedError, match="has had the average 'epoch' already"):
         crew.sessions["w0"].average(torch.tensor(5.0), "epoch")
