@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from crew import Gate
 from processes import Process, Processes, Server, alive, descendants, status_of, wait_until
 from safetensors.numpy import load_file
 
@@ -295,6 +296,20 @@ def test_a_worker_that_still_waits_for_others_leaves_at_once(processes: Processe
     assert departure(server, "alone").reason == "left"
     server.signal(signal.SIGTERM)
     assert server.wait() == 0
+
+
+def test_a_worker_that_has_not_been_welcomed_yet_says_goodbye(processes: Processes) -> None:
+    """Its hello is with the server, the answer still on its way over a far link."""
+    server = processes.server("--workers", "2")
+    gate = Gate(server.address, "rtt=2s")
+    try:
+        waiting = worker(processes, gate.address, "--name", "alone")
+        wait_until(lambda: [m.name for m in status_of(server.address).members] == ["alone"], "its hello has arrived")
+        waiting.signal(signal.SIGINT)
+        assert waiting.wait() == 130
+        assert departure(server, "alone").reason == "left"
+    finally:
+        gate.close()
 
 
 def test_a_worker_is_told_that_the_run_was_ended_before_it_began(processes: Processes) -> None:

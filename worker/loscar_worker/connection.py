@@ -105,6 +105,7 @@ class Connection:
         self._outbox: Outbox | None = None
         self._leaving: asyncio.Event = asyncio.Event()
         self._joined = False
+        self._said_hello = False
         self._run_ended = False
         self._said_waiting = False
         self._said_lost: type[LoscarError] | None = None
@@ -238,6 +239,7 @@ class Connection:
         opened = channel(target, self._options.security)
         call = opened.stream_stream(TRAIN)(metadata=call_metadata(self._options.security))
         outbox = self._outbox = Outbox()
+        self._said_hello = False
         self._send(self.engine.hello())
         tasks = [
             asyncio.create_task(self._read(call, min(patience_s, DEFAULT_LEASE_S)), name="read"),
@@ -247,7 +249,7 @@ class Connection:
         leaving = asyncio.create_task(self._leaving.wait(), name="leaving")
         try:
             await asyncio.wait([*tasks, leaving], return_when=asyncio.FIRST_COMPLETED)
-            if outbox.closing and self._joined:
+            if outbox.closing and (self._joined or self._said_hello):
                 # The server ends the stream once it has read our goodbye; cancelling sooner could lose it.
                 await asyncio.wait(set(tasks[:2]), timeout=LEAVE_FLUSH_S)
             await self._raise_cause(call, tasks)
@@ -345,8 +347,11 @@ class Connection:
         def adapt() -> None:
             self.engine.message_bytes = outbox.rate.message_bytes(MESSAGE_BYTES)
 
+        def written(_: int) -> None:
+            self._said_hello = True
+
         try:
-            await outbox.write_all(call.write, lambda _: None, adapt)
+            await outbox.write_all(call.write, written, adapt)
             await call.done_writing()
         except (grpc.RpcError, asyncio.InvalidStateError):
             return  # the reader learns why
