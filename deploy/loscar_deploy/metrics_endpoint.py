@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import socket
 import socketserver
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -17,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 from loscar_core.errors import ConfigError
-from loscar_wire.transport import format_address, parse_address
+from loscar_deploy.listening import bound_at
+from loscar_wire.transport import parse_address
 
 if TYPE_CHECKING:
     from prometheus_client.registry import Collector
@@ -63,22 +63,15 @@ class MetricsEndpoint:
     """
 
     def __init__(self, listen: str) -> None:
-        host, port = parse_address(listen, "--metrics")
+        parse_address(listen, "--metrics")
         try:
             from prometheus_client import CollectorRegistry, ProcessCollector, make_wsgi_app
         except ImportError:
             raise ConfigError("--metrics needs the Prometheus client: pip install 'loscar[metrics]'") from None
         self._registry = CollectorRegistry()
         ProcessCollector(registry=self._registry)
-        try:
-            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-            kind = type("_FamilyServer", (_Server,), {"address_family": found[0][0]})
-            self._server: _Server = kind(found[0][4][:2], _Handler)
-        except OSError as error:
-            reason = error.strerror or error
-            raise ConfigError(f"--metrics: cannot listen on {format_address(host, port)}: {reason}") from None
+        self._server, self.address = bound_at(listen, "--metrics", _Server, _Handler)
         self._server.set_app(_guarded(make_wsgi_app(self._registry)))
-        self.address = format_address(host, self._server.server_port)
         self._thread: threading.Thread | None = None
 
     def serve(self, collector: Collector) -> None:

@@ -295,8 +295,8 @@ def run_config(args: Namespace) -> RunConfig:
         "seed": whole("--seed", args.seed),
         "density": _density(args.density),
         "coordinates": None if args.coordinates is None else whole("--coordinates", args.coordinates, 1),
-        "selection": _member(SelectionKind, "--selection", args.selection),
-        "value_type": _member(ValueType, "--wire-dtype", args.wire_dtype),
+        "selection": member(SelectionKind, "--selection", args.selection),
+        "value_type": member(ValueType, "--wire-dtype", args.wire_dtype),
         "merge": parse_merge(args.merge),
         "local_steps": steps_or_auto("--local-steps", args.local_steps),
         "sync_interval_s": seconds("--sync-interval", args.sync_interval, positive=True),
@@ -305,7 +305,7 @@ def run_config(args: Namespace) -> RunConfig:
         "duration_s": None if args.duration is None else seconds("--duration", args.duration, positive=True),
         "max_steps": None if args.max_steps is None else whole("--max-steps", args.max_steps, 1),
         "evaluate_every": whole("--evaluate-every", args.evaluate_every),
-        "final_round": _member(FinalRound, "--final-round", args.final_round),
+        "final_round": member(FinalRound, "--final-round", args.final_round),
         "method": method.text(),
     }
     options = ("density", "selection", "merge", "local_steps", "overlap_steps")
@@ -322,7 +322,8 @@ def _density(text: str) -> float:
     return density
 
 
-def _member(kind: type[E], option: str, text: str) -> E:
+def member(kind: type[E], option: str, text: str) -> E:
+    """The member of an enumeration that an option names. Raises ConfigError with those that there are."""
     try:
         return kind(text)
     except ValueError:

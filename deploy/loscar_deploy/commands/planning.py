@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
-from enum import Enum
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from loscar_core.errors import ConfigError
 from loscar_deploy import options as o
@@ -15,8 +14,6 @@ if TYPE_CHECKING:
     from loscar_deploy.plan import Question
     from loscar_deploy.plan_report import Place
     from loscar_deploy.plan_timing import Seat
-
-E = TypeVar("E", bound=Enum)
 
 _MOST_PARAMS = 1 << 40
 _MOST_WORKERS = 1 << 16
@@ -35,7 +32,7 @@ def question_of(args: Namespace) -> Question:
     overlap = o.steps_or_auto("--overlap-steps", args.overlap_steps)
     if steps == 0 and overlap == 0:
         raise ConfigError("--local-steps 0 with --overlap-steps 0 would average without ever training")
-    selection = _one_of(SelectionKind, "--selection", args.selection)
+    selection = o.member(SelectionKind, "--selection", args.selection)
     if selection in (SelectionKind.TOPK, SelectionKind.HEAD, SelectionKind.TAIL):
         raise ConfigError(f"--selection {selection.value} is no selection of a run: use sweep, random, block or all")
     density = None if args.density is None else _density(args.density)
@@ -51,7 +48,7 @@ def question_of(args: Namespace) -> Question:
         o.whole("--statistics", args.statistics, 0, _MOST_PARAMS),
         selection,
         density,
-        None if args.wire_dtype is None else _one_of(ValueType, "--wire-dtype", args.wire_dtype),
+        None if args.wire_dtype is None else o.member(ValueType, "--wire-dtype", args.wire_dtype),
         steps,
         None if interval is None else o.seconds("--sync-interval", interval, positive=True),
         overlap,
@@ -60,13 +57,6 @@ def question_of(args: Namespace) -> Question:
         None if args.max_disagreement is None else o.positive("--max-disagreement", args.max_disagreement),
         None if args.max_traffic is None else o.positive("--max-traffic", args.max_traffic),
     )
-
-
-def _one_of(kind: type[E], option: str, text: str) -> E:
-    known = {str(member.value): member for member in kind}
-    if text not in known:
-        raise ConfigError(f"{option} {text!r} is not one of {', '.join(known)}")
-    return known[text]
 
 
 def _density(text: str) -> float:

@@ -21,8 +21,7 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
 from typing import Any
 
-from loscar_core.errors import ConfigError
-from loscar_wire.transport import format_address, parse_address
+from loscar_deploy.listening import bound_at
 
 log = logging.getLogger("loscar")
 
@@ -230,16 +229,8 @@ class HttpServer:
     """
 
     def __init__(self, listen: str, option: str, tls: ssl.SSLContext | None = None) -> None:
-        host, port = parse_address(listen, option)
-        try:
-            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-            kind = type("_FamilyServer", (_Server,), {"address_family": found[0][0]})
-            self._server: _Server = kind(found[0][4][:2])
-        except OSError as error:
-            reason = error.strerror or error
-            raise ConfigError(f"{option}: cannot listen on {format_address(host, port)}: {reason}") from None
+        self._server, self.address = bound_at(listen, option, _Server)
         self._server.tls = tls
-        self.address = format_address(host, int(self._server.server_address[1]))
         self._thread: threading.Thread | None = None
 
     def serve(self, answer: Answer) -> None:
