@@ -5,5 +5,7 @@ events and the time as arguments and returns effects, so the same code runs unde
 clock, and in tests that enumerate bad schedules.
 """
 
+__all__ = ["PROTOCOL_VERSION"]
+
 PROTOCOL_VERSION = 1
 """Raised whenever a worker and a server of two releases would misunderstand each other."""

@@ -12,6 +12,7 @@ from enum import StrEnum
 
 from loscar_core import PROTOCOL_VERSION as PROTOCOL_VERSION
 from loscar_core.errors import ConfigError
+from loscar_core.layout import Shard
 from loscar_core.merge import MergeKind
 from loscar_core.robust import Aggregate, NormBound
 from loscar_core.selection import SelectionKind, count_for
@@ -44,6 +45,7 @@ class RunConfig:
             workers needs to understand it.
         dependent: n ≥ 2 for rounds in pairs, 0 for none. The first of a pair averages all but the last 1/n of the
             coordinates, the second the last 1/n: what workers have computed from the first one's answer.
+        shard: which of the servers that share a model this one is; each has a range of its coordinates.
         local_steps: N, steps from a merge to the next snapshot; None paces by `sync_interval_s` instead.
         sync_interval_s: seconds from a merge to the next snapshot, when `local_steps` is None.
         overlap_steps: Q, steps from the snapshot to the merge; 0 blocks; None merges when the answer is there.
@@ -70,6 +72,7 @@ class RunConfig:
     evaluate_every: int = 0
     method: str = "loscar"
     dependent: int = 0
+    shard: Shard = Shard()
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed <= MAX_SEED:
@@ -83,6 +86,11 @@ class RunConfig:
             )
         if self.dependent != 0 and not 2 <= self.dependent <= MOST_VECTORS:
             raise ConfigError(f"dependent {self.dependent} is neither 0 nor in 2..{MOST_VECTORS}")
+        if self.dependent and self.shard.count > 1:
+            name = self.method.partition(":")[0]
+            raise ConfigError(f"method {name} averages in pairs of rounds, which takes one server: leave --shard out")
+        if self.shard.index and (self.rounds, self.duration_s, self.max_steps) != (None, None, None):
+            raise ConfigError("only shard 0 says when a run ends: give rounds, duration and max steps to that one")
         if self.local_steps is not None and self.local_steps < 0:
             raise ConfigError(f"local steps {self.local_steps} is negative")
         if self.overlap_steps is not None and self.overlap_steps < 0:

@@ -21,18 +21,19 @@
     ├── ModelChangedError        the model's storage was replaced after joining
     ├── SessionFailedError       the background task died; raised by the next step()
     ├── ServerLostError          the server stayed away longer than allowed
+    ├── NoModelError             the server has no model to give away yet
     ├── WorkerFailedError        a worker process of a run ended with an error
     ├── SystemRefusedError       the operating system refused: disk full, no permission, too many open files
     └── InterruptedRunError      the user forced the end
 
 `summary` says in a few words what happened, `exit_code` is the process's exit status, `grpc_status` the name of the
 gRPC status code under which the error travels, `retriable` whether the same call may succeed later without anybody
-changing anything, and `hint` one line that says what to do.
+changing anything, and `hint` one line that says what to do, unless `with_hint` gave one error a better one.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Self
 
 
 class LoscarError(Exception):
@@ -42,7 +43,12 @@ class LoscarError(Exception):
     exit_code: ClassVar[int] = 1
     grpc_status: ClassVar[str] = "INTERNAL"
     retriable: ClassVar[bool] = False
-    hint: ClassVar[str] = "this is a bug in loscar: please report it with the log"
+    hint: str = "this is a bug in loscar: please report it with the log"
+
+    def with_hint(self, hint: str) -> Self:
+        """This error, with a next step of its own in place of its class's."""
+        self.hint = hint
+        return self
 
 
 class ConfigError(LoscarError):
@@ -67,7 +73,7 @@ class DataMissingError(ConfigError):
 class PortInUseError(ConfigError):
     summary = "the port is taken"
     exit_code = 10
-    hint = "choose another port with --listen, or stop the process that holds this one"
+    hint = "choose another port, or stop the process that holds this one"
 
 
 class ConnectError(LoscarError):
@@ -173,10 +179,18 @@ class ServerLostError(LoscarError):
     hint = "restart the server with the same --run-id; workers hold the state and hand it back"
 
 
+class NoModelError(LoscarError):
+    summary = "the server has no model yet"
+    exit_code = 22
+    grpc_status = "UNAVAILABLE"
+    retriable = True
+    hint = "wait until the run has begun: `loscar status` shows its phase"
+
+
 class WorkerFailedError(LoscarError):
     summary = "a process of the run failed"
     exit_code = 20
-    hint = "the worker's own message is in the run folder's logs"
+    hint = "what the processes said themselves is in the folder logs of the run folder"
 
 
 class SystemRefusedError(LoscarError):

@@ -11,9 +11,10 @@ from enum import IntEnum, StrEnum
 
 from loscar_core.config import RunConfig
 from loscar_core.indices import IndexCoding
-from loscar_core.layout import Layout
+from loscar_core.layout import Layout, Shard
 from loscar_core.plan import HistoryEntry, RoundPlan
 from loscar_core.state import Included, Lineage, Position
+from loscar_core.values import Payload
 
 
 class Reason(StrEnum):
@@ -104,6 +105,7 @@ class Hello:
         recent: the last rounds that it committed, oldest first.
         capabilities: optional features; so far only `OTHER_SERVERS`.
         partial: of a state that was being sent to it when the last stream broke.
+        shard: which shard it takes the server for.
     """
 
     protocol_version: int
@@ -122,6 +124,7 @@ class Hello:
     recent: tuple[HistoryEntry, ...] = ()
     capabilities: tuple[str, ...] = ()
     partial: Partial | None = None
+    shard: Shard = Shard()
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +147,7 @@ class Contribution:
     round: int
     part: int
     offset: int
-    values: bytes
+    values: Payload
     checksum: int
     local_steps: int = 0
     overlap_steps: int = 0
@@ -164,6 +167,7 @@ class WorkerReport:
         run_s: seconds since t = 0 as the worker saw it.
         sent, included, returned: contributions by outcome.
         bytes_up, bytes_down: payload bytes (values) sent and received.
+        round_trip_s: the last heartbeat's time to the server and back, or None before the first answer.
     """
 
     steps: int = 0
@@ -175,6 +179,7 @@ class WorkerReport:
     returned: int = 0
     bytes_up: int = 0
     bytes_down: int = 0
+    round_trip_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +211,7 @@ class VectorChunk:
     purpose: Purpose
     offset: int
     total: int
-    values: bytes
+    values: Payload
 
 
 @dataclass(frozen=True, slots=True)
@@ -372,7 +377,7 @@ class Answer:
     round: int
     part: int
     offset: int
-    values: bytes
+    values: Payload
     included: bytes = b""
     indices: bytes = b""
     base: int = 0

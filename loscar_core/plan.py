@@ -83,6 +83,18 @@ class RoundPlan:
         """
         return _last_selection(self.selection, seed, self.round, dimension, self.count)
 
+    def where(self, seed: int, dimension: int) -> NDArray[np.int64] | slice:
+        """The same, as a range of coordinates where they are one: nothing is made of the size of the model."""
+        match self.selection:
+            case SelectionKind.ALL:
+                return slice(0, dimension)
+            case SelectionKind.HEAD:
+                return slice(0, self.count)
+            case SelectionKind.TAIL:
+                return slice(dimension - self.count, dimension)
+            case _:
+                return self.indices(seed, dimension)
+
     def size(self, seed: int, dimension: int) -> int:
         """Exactly how many coordinates `indices` returns (a sweep's slices and last blocks differ a little)."""
         return selection_size(self.selection, seed, self.round, dimension, self.count)
@@ -92,7 +104,22 @@ class RoundPlan:
         return selection_checksum(self.selection, seed, self.round, dimension, self.count)
 
 
-_last_selection = lru_cache(maxsize=1)(select)
+_last_selection = lru_cache(maxsize=2)(select)
+"""Of the open round, and of the next one where it was made ahead."""
+
+WORTH_MAKING_AHEAD = 1 << 14
+"""Smaller selections are made faster than a thread is asked to."""
+
+
+def make_ahead(plan: RoundPlan, seed: int, dimension: int) -> None:
+    """While a round is under way, make the next one's selection, which is most likely of the same kind: a large one
+    takes longer than a message may wait. Meant for a thread of its own."""
+    replace(plan, round=plan.round + 1).where(seed, dimension)
+
+
+def is_worth_making_ahead(plan: RoundPlan) -> bool:
+    seeded = plan.selection in (SelectionKind.RANDOM, SelectionKind.SWEEP, SelectionKind.BLOCK)
+    return seeded and plan.count >= WORTH_MAKING_AHEAD
 
 
 def plan_round(config: RunConfig, dimension: int, round_: int, *, stopping: bool) -> RoundPlan:

@@ -7,24 +7,35 @@ bytes of the statistics after it).
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
+from loscar_core.checksum import crc32
 from loscar_core.plan import HISTORY_ROUNDS, History, HistoryEntry, RoundPlan
 from loscar_core.selection import SelectionKind
 from loscar_core.state import InclusionTable, Lineage, Position
 
 Floats = NDArray[np.float32]
 Indices = NDArray[np.int64]
+Where = Indices | slice
+
+
+def as_indices(where: Where) -> Indices:
+    """Coordinates as an array, K int64."""
+    return np.arange(where.start, where.stop, dtype=np.int64) if isinstance(where, slice) else where
+
+
+def size_of(where: Where) -> int:
+    """How many coordinates there are."""
+    return int(where.stop - where.start) if isinstance(where, slice) else where.size
 
 
 def checksum_of(vector: Floats, statistics: Floats) -> int:
     """CRC-32 of a whole state's bytes: the digest before the first round."""
-    return zlib.crc32(_bytes(statistics), zlib.crc32(_bytes(vector)))
+    return crc32(_bytes(statistics), crc32(_bytes(vector)))
 
 
 def _bytes(values: Floats) -> memoryview:
@@ -76,8 +87,10 @@ class Replica:
             other.history.append(entry)
         return other
 
-    def gather(self, plan: RoundPlan, indices: Indices, start: int, stop: int) -> Floats:
+    def gather(self, plan: RoundPlan, indices: Where, start: int, stop: int) -> Floats:
         """The vector's values at positions [start, stop) of a selection."""
+        if isinstance(indices, slice):
+            return self.vector[indices][start:stop]
         if plan.selection is SelectionKind.ALL:
             return self.vector[start:stop]
         return self.vector.take(indices[start:stop])
@@ -86,7 +99,7 @@ class Replica:
         self,
         epoch: int,
         plan: RoundPlan,
-        indices: Indices,
+        indices: Where,
         values: Floats,
         statistics: Floats | None,
         digest: int,
@@ -99,7 +112,7 @@ class Replica:
         Args:
             epoch: the server epoch that closed it.
             plan: its plan; `plan.round` must follow `position.round`.
-            indices: its selection, K int64 (ignored for a dense round).
+            indices: its selection, K int64 or a range of coordinates (ignored for a dense round).
             values: the vector's new values on the selection, K float32.
             statistics: the new statistics, or None to keep them.
             digest: from `next_digest`.
@@ -128,8 +141,8 @@ class Replica:
 
     def next_digest(self, values: Floats, statistics: Floats | None) -> int:
         """The digest after a round that leaves `values` on its selection."""
-        digest = zlib.crc32(_bytes(values), self.digest)
-        return digest if statistics is None else zlib.crc32(_bytes(statistics), digest)
+        digest = crc32(_bytes(values), self.digest)
+        return digest if statistics is None else crc32(_bytes(statistics), digest)
 
     def slice_by_value(self, indices: Indices | None, start: int, stop: int) -> Floats:
         """Values [start, stop) of (the vector on `indices`, or all of it) followed by the statistics."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from loscar_core.config import FinalRound, RunConfig
 from loscar_core.errors import MalformedError
-from loscar_core.layout import Layout, Segment
+from loscar_core.layout import Layout, Segment, parse_shard
 from loscar_core.merge import MergeKind
 from loscar_core.plan import HistoryEntry, RoundKind, RoundPlan
 from loscar_core.replica import Floats, Replica
@@ -51,6 +51,7 @@ class SavedState:
         config = asdict(self.config)
         for name in ("selection", "value_type", "merge", "final_round"):
             config[name] = getattr(self.config, name).value
+        config["shard"] = str(self.config.shard)
         return {
             "format": FORMAT,
             "run_id": self.run_id.hex(),
@@ -101,6 +102,7 @@ def restore(metadata: dict[str, Any], vector: Floats, statistics: Floats, residu
             ("final_round", FinalRound),
         ):
             config[name] = kind(config[name])
+        config["shard"] = parse_shard(config.get("shard", "0/1"))
         layout = Layout(
             tuple(Segment(n, tuple(s), t) for n, s, t in metadata["layout"]["parameters"]),
             tuple(Segment(n, tuple(s), t) for n, s, t in metadata["layout"]["statistics"]),

@@ -192,6 +192,9 @@ class ServerMachine(Lifecycle):
             )
         if hello.run_id and hello.run_id != self.run_id:
             raise WrongRunError(f"this server holds run {self.run_id.hex()}, not {hello.run_id.hex()}")
+        if hello.shard != self.config.shard:
+            ours, theirs = self.config.shard, hello.shard
+            raise WrongRunError(f"this server is shard {ours} of the run; the worker takes it for shard {theirs}")
         if len(hello.incarnation) != INCARNATION_BYTES:
             raise MalformedError(f"an incarnation of {len(hello.incarnation)} bytes")
         if not 0 < len(hello.name) <= 200 or not hello.name.isprintable():

@@ -7,23 +7,24 @@ stay in K-sized buffers until the machine commits them whole.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from loscar_core.checksum import crc32
 from loscar_core.config import ServerLimits
 from loscar_core.errors import MalformedError, WrongRoundError, WrongSelectionError
 from loscar_core.messages import Answer, Contribution
 from loscar_core.plan import Part, RoundPlan, parts_of, slices
-from loscar_core.replica import Floats, Indices, Replica
+from loscar_core.replica import Floats, Replica, Where
 from loscar_core.robust import Aggregate, NormBound, combine
 from loscar_core.state import bitmap
-from loscar_core.values import ValueType, decode, encode, value_count
+from loscar_core.values import Payload, ValueType, decode, encode, encode_view, value_count
 
 ANSWER_BYTES = 1 << 18
-"""Size of an answer's messages: encoded once for all members, so one size has to suit slow links too."""
+"""Size of an answer's messages while nothing is known of the links: encoded once for all members, so one size has to
+suit the slowest of them."""
 
 MAX_MAGNITUDE = 1e30
 """Largest value of a contribution: sums of thousands of them stay far from float32's end."""
@@ -62,6 +63,7 @@ class ServerRound:
         slots: the active members when the round opened, slot -> incarnation.
         limits: how contributions become one.
         norm_bound: what refuses outsized contributions, or None.
+        spare: memory that an earlier round needs no more; fresh pages of that size cost more than the sums.
     """
 
     def __init__(
@@ -73,15 +75,17 @@ class ServerRound:
         slots: dict[int, bytes],
         limits: ServerLimits,
         norm_bound: NormBound | None = None,
+        spare: Floats | None = None,
     ) -> None:
         dimension = replica.vector.size
         self.plan = plan
         self.slots = dict(slots)
-        self.indices: Indices = plan.indices(seed, dimension)
+        self.where: Where = plan.where(seed, dimension)
         self.checksum = plan.checksum(seed, dimension)
-        self.parts = parts_of(self.indices.size, replica.statistics.size)
-        self.new_values = np.empty(self.indices.size, np.float32)
-        self.new_residual = None if residual is None else np.empty(self.indices.size, np.float32)
+        size = plan.size(seed, dimension)
+        self.parts = parts_of(size, replica.statistics.size)
+        self.new_values = spare if spare is not None and spare.size == size else np.empty(size, np.float32)
+        self.new_residual = None if residual is None else np.empty(size, np.float32)
         self.new_statistics = replica.statistics.copy() if replica.statistics.size else None
         self.reopened = False
         """It was begun anew with other members, who may have been sending already."""
@@ -161,7 +165,7 @@ class ServerRound:
         part = state.part
         kind = ValueType.FLOAT32 if part.statistics else self.plan.value_type
         incoming = state.incoming.get(slot)
-        crc = zlib.crc32(message.values, incoming.crc if incoming else 0)
+        crc = crc32(message.values, incoming.crc if incoming else 0)
         if slot in state.received:
             self._check_replay(state, slot, message)
             return False
@@ -173,9 +177,7 @@ class ServerRound:
         if message.offset != filled:
             raise MalformedError(f"part {part.index}: a message at {message.offset} where {filled} was next")
         count = _count_in(message.values, kind, part.size - filled)
-        values = decode(message.values, kind, count)
-        if max(float(values.max()), -float(values.min())) > MAX_MAGNITUDE:
-            raise MalformedError(f"part {part.index}: values beyond ±{MAX_MAGNITUDE:g}")
+        values = decode(message.values, kind, count, MAX_MAGNITUDE)
         if filled == 0 and count == part.size:
             whole = values
         else:
@@ -202,7 +204,7 @@ class ServerRound:
             replay = state.incoming[slot] = _Incoming(np.empty(0, np.float32))
         kind = ValueType.FLOAT32 if state.part.statistics else self.plan.value_type
         replay.filled += _count_in(message.values, kind, state.part.size - message.offset)
-        replay.crc = zlib.crc32(message.values, replay.crc)
+        replay.crc = crc32(message.values, replay.crc)
         if replay.filled >= state.part.size:
             del state.incoming[slot]
             if replay.crc != state.received[slot]:
@@ -224,13 +226,18 @@ class ServerRound:
                 state.total += values
             state.summed += 1
 
-    def close(self, index: int) -> list[Answer]:
-        """Answer a part with what has arrived; members without a whole contribution count as zero."""
+    def close(self, index: int, message_bytes: int = ANSWER_BYTES) -> list[Answer]:
+        """Answer a part with what has arrived; members without a whole contribution count as zero.
+
+        Args:
+            message_bytes: size of the answer's messages.
+        """
         state = self._sums[index]
         part = state.part
         self._sum_in_order(state, skip=[s for s in self._order if s not in state.received])
         state.incoming.clear()
-        payloads = self._close_statistics(state) if part.statistics else self._close_values(state)
+        close = self._close_statistics if part.statistics else self._close_values
+        payloads = close(state, message_bytes)
         included = bitmap(state.received, self._order[-1] + 1 if self._order else 1)
         state.answer = [
             Answer(self.plan.round, part.index, offset, payload, included if offset == 0 else b"")
@@ -251,20 +258,21 @@ class ServerRound:
             state.total /= np.float32(divisor)
         return state.total
 
-    def _close_values(self, state: _PartSum) -> list[tuple[int, bytes]]:
+    def _close_values(self, state: _PartSum, message_bytes: int) -> list[tuple[int, Payload]]:
         part = state.part
         mean = self._mean(state, self.members)
         if mean is None:
             mean = np.zeros(part.size, np.float32)
         here = slice(part.start, part.stop)
         if self._residual is not None:
-            mean += self._residual.take(self.indices[here])
+            where = self.where
+            mean += self._residual[where][here] if isinstance(where, slice) else self._residual.take(where[here])
         kind = self.plan.value_type
-        base = self._replica.gather(self.plan, self.indices, part.start, part.stop)
+        base = self._replica.gather(self.plan, self.where, part.start, part.stop)
         payloads = []
-        for offset, length in slices(part, ANSWER_BYTES // kind.itemsize):
+        for offset, length in slices(part, message_bytes // kind.itemsize):
             piece = mean[offset : offset + length]
-            payload = encode(piece, kind)
+            payload = encode_view(piece, kind)
             sent = decode(payload, kind, length)
             at = slice(part.start + offset, part.start + offset + length)
             np.add(base[offset : offset + length], sent, out=self.new_values[at])
@@ -273,7 +281,7 @@ class ServerRound:
             payloads.append((offset, payload))
         return payloads
 
-    def _close_statistics(self, state: _PartSum) -> list[tuple[int, bytes]]:
+    def _close_statistics(self, state: _PartSum, message_bytes: int) -> list[tuple[int, Payload]]:
         part = state.part
         assert self.new_statistics is not None
         here = self.new_statistics[part.start : part.stop]
@@ -282,11 +290,11 @@ class ServerRound:
             here[:] = mean
         return [
             (offset, encode(here[offset : offset + length], ValueType.FLOAT32))
-            for offset, length in slices(part, ANSWER_BYTES // 4)
+            for offset, length in slices(part, message_bytes // 4)
         ]
 
 
-def _count_in(payload: bytes, kind: ValueType, most: int) -> int:
+def _count_in(payload: Payload, kind: ValueType, most: int) -> int:
     """How many values a payload holds.
 
     Raises:

@@ -84,8 +84,9 @@ class Rounds(Followers):
         slots = {m.slot: m.incarnation for m in self.members.active()}
         self._counted = [m.name for m in self.members.active()]
         self.round = ServerRound(
-            plan, self.config.seed, self.replica, self.residual, slots, self.limits, self._norm_bound
+            plan, self.config.seed, self.replica, self.residual, slots, self.limits, self._norm_bound, self._spare
         )
+        self._spare = None
         self._round_opened = self._now
         self._stretch = plan.count / self.config.count(self.replica.vector.size)
         self._deadline = self._awaited = None
@@ -163,7 +164,7 @@ class Rounds(Followers):
                 if missing:
                     self._awaited = max((awaited[slot] for slot in missing), key=self._due)
                 elif len(have) >= quorum:
-                    answers = current.close(index)
+                    answers = current.close(index, self.answer_bytes)
                     peers = tuple(m.peer for m in self.members.by_peer.values() if m.following)
                     self._out.extend(Send(peers, answer) for answer in answers)
             if not current.complete:
@@ -179,7 +180,7 @@ class Rounds(Followers):
         state.commit(
             self.epoch,
             plan,
-            current.indices,
+            current.where,
             current.new_values,
             current.new_statistics,
             digest,
@@ -187,8 +188,9 @@ class Rounds(Followers):
             roster,
             current.members,
         )
+        self._spare = current.new_values  # they are in the state now
         if self.residual is not None and current.new_residual is not None:
-            self.residual[current.indices] = current.new_residual
+            self.residual[current.where] = current.new_residual
         whole = current.whole()
         for member in self._present():
             if member.slot not in whole:

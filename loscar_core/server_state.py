@@ -24,7 +24,7 @@ from loscar_core.saved_state import SavedState
 from loscar_core.server_catchup import StateTransfer
 from loscar_core.server_members import Member, MemberTable
 from loscar_core.server_recovery import Claim, Point
-from loscar_core.server_round import ServerRound
+from loscar_core.server_round import ANSWER_BYTES, ServerRound
 from loscar_core.state import Lineage, Position
 
 
@@ -57,9 +57,12 @@ class RunState:
         self.stop_reason: str | None = None
         self.retired: str | None = None
         """Why this process answers nobody any more, if so."""
+        self.answer_bytes = ANSWER_BYTES
+        """Size of the messages of an answer; who knows the links may change it at any time."""
         self.roster: list[bytes | None] = []
         self._slot_changes: dict[int, bytes] = {}
         self._norm_bound = None if limits.norm_bound is None else NormBound(limits.norm_bound)
+        self._spare: Floats | None = None
         self._claims: dict[int, Claim] = {}
         self._relays: dict[int, tuple[int, int]] = {}  # donor's stream -> (newcomer's, values relayed)
         self._epochs_heard = 0

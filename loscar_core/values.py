@@ -57,6 +57,10 @@ _ITEM_SIZES: Final = {
 }
 
 
+Payload = bytes | memoryview
+"""Encoded values; a view of them where a copy can be spared."""
+
+
 def payload_size(kind: ValueType, count: int) -> int:
     """Bytes of `count` encoded values. Raises MalformedError for a negative count."""
     if count < 0:
@@ -115,8 +119,21 @@ def encode(values: NDArray[np.float32], kind: ValueType) -> bytes:
             return _to_int8(values)
 
 
-def decode(payload: bytes | memoryview, kind: ValueType, count: int) -> NDArray[np.float32]:
+def encode_view(values: NDArray[np.float32], kind: ValueType) -> Payload:
+    """As `encode`; float32 are not copied, so `values` must stay as they are for as long as the bytes are needed."""
+    if kind is not ValueType.FLOAT32:
+        return encode(values, kind)
+    _check_vector(values)
+    require_finite(values, "values to send")
+    if values.size == 0:
+        return b""
+    return np.ascontiguousarray(values, dtype="<f4").data.cast("B").toreadonly()
+
+
+def decode(payload: Payload, kind: ValueType, count: int, largest: float | None = None) -> NDArray[np.float32]:
     """The `count` values of a payload as 1-D float32; for float32 a read-only view of the payload.
+
+    With `largest`, values beyond ± that are a MalformedError.
 
     Raises MalformedError for a wrong length, and for an int8 scale that is negative or a -128, neither of
     which `encode` writes; NonFiniteError for NaN or infinity, also where they would arise from an int8
@@ -124,16 +141,22 @@ def decode(payload: bytes | memoryview, kind: ValueType, count: int) -> NDArray[
     """
     _check_payload(payload, kind, count)
     if kind is ValueType.FLOAT32:
-        view = np.frombuffer(payload, dtype="<f4").astype(np.float32, copy=False)
-        require_finite(view, "received values")
-        view.flags.writeable = False
-        return view
-    out = np.empty(count, dtype=np.float32)
-    _decode_narrow(payload, kind, out)
+        out = np.frombuffer(payload, dtype="<f4").astype(np.float32, copy=False)
+        out.flags.writeable = False
+    else:
+        out = np.empty(count, dtype=np.float32)
+        _decode_narrow(payload, kind, out)
+    # What is within bounds is finite; NaN is not within any.
+    within = largest is not None and count > 0 and bool(out.max() <= largest) and bool(out.min() >= -largest)
+    if not within:
+        if kind is ValueType.FLOAT32 or largest is not None:
+            require_finite(out, "received values")
+        if largest is not None and count > 0:
+            raise MalformedError(f"values beyond ±{largest:g}")
     return out
 
 
-def decode_into(payload: bytes | memoryview, kind: ValueType, out: NDArray[np.float32]) -> None:
+def decode_into(payload: Payload, kind: ValueType, out: NDArray[np.float32]) -> None:
     """Decode `len(out)` values into `out` (1-D float32, C-contiguous, writable).
 
     Raises what `decode` raises, and MalformedError if `out` is of another form; after an error `out` may hold
@@ -150,7 +173,7 @@ def decode_into(payload: bytes | memoryview, kind: ValueType, out: NDArray[np.fl
         _decode_narrow(payload, kind, out)
 
 
-def _decode_narrow(payload: bytes | memoryview, kind: ValueType, out: NDArray[np.float32]) -> None:
+def _decode_narrow(payload: Payload, kind: ValueType, out: NDArray[np.float32]) -> None:
     if kind is ValueType.BFLOAT16:
         bits = out.view(np.uint32)
         bits[:] = np.frombuffer(payload, dtype="<u2")
@@ -202,7 +225,7 @@ def _quantised(runs: NDArray[np.float32]) -> NDArray[np.uint8]:
     return rows
 
 
-def _from_int8(payload: bytes | memoryview, out: NDArray[np.float32]) -> None:
+def _from_int8(payload: Payload, out: NDArray[np.float32]) -> None:
     raw = np.frombuffer(payload, dtype=np.uint8)
     full = out.size // INT8_RUN
     cut = full * INT8_RUN
@@ -231,7 +254,7 @@ def _check_vector(values: NDArray[np.float32]) -> None:
         raise MalformedError(f"values must be 1-D float32, not {values.ndim}-D {values.dtype.name}")
 
 
-def _check_payload(payload: bytes | memoryview, kind: ValueType, count: int) -> None:
+def _check_payload(payload: Payload, kind: ValueType, count: int) -> None:
     expected = payload_size(kind, count)
     size = payload.nbytes if isinstance(payload, memoryview) else len(payload)
     if size != expected:

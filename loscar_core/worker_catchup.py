@@ -156,7 +156,7 @@ class WorkerCatchUp(WorkerRounds):
             self._give_up_own()
             return
         for record, subtract, add_back in todo:
-            values = anchor.vector.take(record.indices)
+            values = np.array(anchor.vector[record.where])
             for mask, give_back in ((subtract, False), (add_back, True)):
                 sent = record.masked(mask)
                 if sent is not None:

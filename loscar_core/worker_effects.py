@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from loscar_core.messages import Goodbye, WorkerMessage
 from loscar_core.plan import RoundPlan
-from loscar_core.replica import Floats, Indices
+from loscar_core.replica import Floats, Indices, Where, as_indices, size_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,17 +30,27 @@ class RoundOpen:
 
     Attributes:
         plan: of the round.
-        indices: its coordinates, K int64 ascending.
+        where: its coordinates, K int64 ascending or a range of them.
         contributed: this worker's contribution to it exists already.
         elapsed_s: run time when the server opened it, as far as known here.
         opening: number of this announcement, to be handed back with the snapshot that follows it.
     """
 
     plan: RoundPlan
-    indices: Indices
+    where: Where
     contributed: bool
     elapsed_s: float
     opening: int = 0
+
+    @property
+    def indices(self) -> Indices:
+        """The coordinates, K int64 ascending; made anew where they are a range."""
+        return as_indices(self.where)
+
+    @property
+    def size(self) -> int:
+        """How many coordinates there are."""
+        return size_of(self.where)
 
 
 @dataclass(frozen=True, slots=True)

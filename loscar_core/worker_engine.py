@@ -8,7 +8,7 @@ it emits; the session applies its updates to the live model between two steps an
 from __future__ import annotations
 
 from loscar_core.config import PROTOCOL_VERSION
-from loscar_core.errors import MalformedError, ProtocolError, WrongRoundError
+from loscar_core.errors import MalformedError, ProtocolError, WrongRoundError, WrongRunError
 from loscar_core.messages import (
     OTHER_SERVERS,
     Answer,
@@ -44,6 +44,7 @@ class WorkerEngine(WorkerCatchUp):
         run_id: 16 bytes, or empty to take whichever run the server holds.
         slot: wanted slot, or None.
         observer: receive only.
+        shard: which of the servers that share the model it connects to.
     """
 
     # --- the connection -------------------------------------------------------------------------------------
@@ -73,6 +74,7 @@ class WorkerEngine(WorkerCatchUp):
             recent=anchor.history.last(RECENT_SENT),
             capabilities=(OTHER_SERVERS,) if self.other_servers else (),
             partial=self._partial(),
+            shard=self.shard,
         )
 
     def disconnected(self) -> None:
@@ -125,6 +127,8 @@ class WorkerEngine(WorkerCatchUp):
             raise WrongRoundError(f"the server is in epoch {welcome.epoch}; this worker has been in {self.epoch}")
         if self.run_id and welcome.run_id != self.run_id:
             raise ProtocolError("the server answered for another run")
+        if welcome.config.shard != self.shard:  # a server that knows nothing of shards lets everybody in
+            raise WrongRunError(f"the server is shard {welcome.config.shard} of the run, not {self.shard}")
         self.run_id = welcome.run_id
         self.welcome = welcome
         self.slot = welcome.slot

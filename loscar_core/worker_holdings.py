@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 from loscar_core.config import RunConfig
 from loscar_core.errors import MalformedError
-from loscar_core.layout import Layout
+from loscar_core.layout import Layout, Shard
 from loscar_core.messages import CatchUp, Welcome
 from loscar_core.plan import Part, RoundPlan
-from loscar_core.replica import Floats, Indices, Replica
+from loscar_core.replica import Floats, Indices, Replica, Where
 from loscar_core.worker_effects import WorkerEffect
 from loscar_core.worker_ledger import Ledger
 
@@ -30,7 +30,7 @@ class Receiving:
     """The open round's answer while it arrives."""
 
     plan: RoundPlan
-    indices: Indices
+    where: Where
     checksum: int
     parts: tuple[Part, ...]
     delta: Floats
@@ -65,6 +65,7 @@ class WorkerHoldings:
         run_id: bytes = b"",
         slot: int | None = None,
         observer: bool = False,
+        shard: Shard = Shard(),
     ) -> None:
         self.name = name
         self.incarnation = incarnation
@@ -74,6 +75,7 @@ class WorkerHoldings:
         self.run_id = run_id
         self.wanted_slot = slot
         self.observer = observer
+        self.shard = shard
         self.anchor = Replica.initial(vector, statistics)
         self.ledger = Ledger()
         self.epoch = 0

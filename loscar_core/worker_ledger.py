@@ -15,7 +15,7 @@ import numpy as np
 
 from loscar_core.messages import Contribution
 from loscar_core.plan import Part, RoundPlan
-from loscar_core.replica import Floats, Indices
+from loscar_core.replica import Floats, Indices, Where, as_indices
 from loscar_core.state import YOUNG_S, Included, Lineage
 
 
@@ -25,7 +25,7 @@ class Record:
 
     Attributes:
         plan: of the round that it was taken for.
-        indices: the round's selection, K int64.
+        where: the round's selection, K int64 or a range of coordinates.
         sent: δ̂ as the server decodes it, K float32.
         parts: how the round is cut.
         messages: what was sent, to be sent again as it is.
@@ -36,7 +36,7 @@ class Record:
     """
 
     plan: RoundPlan
-    indices: Indices
+    where: Where
     sent: Floats
     parts: tuple[Part, ...]
     messages: tuple[Contribution, ...]
@@ -44,6 +44,10 @@ class Record:
     decided: bool = False
     epochs: set[int] = field(default_factory=set)
     outcomes: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def indices(self) -> Indices:
+        return as_indices(self.where)
 
     def masked(self, mask: int) -> Floats | None:
         """δ̂ on the parts of a bitmap and 0 elsewhere; None when none of them is in it."""
@@ -234,7 +238,7 @@ class Ledger:
             if epoch not in self.early:
                 self.early[epoch] = Early(began_s, record.plan.round, np.zeros(dimension, np.float32))
             early = self.early[epoch]
-            early.values[record.indices] += sent
+            early.values[record.where] += sent
             early.count += 1
 
     def give_up_early(self, own: Included | None, lineage: Lineage) -> list[Floats]:

@@ -11,10 +11,10 @@ from loscar_core.config import FinalRound
 from loscar_core.errors import MalformedError, NonFiniteError, ReplicaDivergedError
 from loscar_core.messages import Answer, Commit, Contribution, Ready, Refresh
 from loscar_core.plan import HISTORY_ROUNDS, HistoryEntry, RoundKind, RoundPlan, parts_of, slices
-from loscar_core.replica import Floats, Indices
+from loscar_core.replica import Floats, Indices, Where, as_indices, size_of
 from loscar_core.selection import SelectionKind
 from loscar_core.state import InclusionTable, Position, bits
-from loscar_core.values import ValueType, decode, decode_into, encode, require_finite, value_count
+from loscar_core.values import ValueType, decode, decode_into, encode, encode_view, require_finite, value_count
 from loscar_core.worker_effects import Emit, RoundOpen, RunEnded, Update, WorkerEffect
 from loscar_core.worker_holdings import CatchingUp, Receiving, WorkerHoldings
 from loscar_core.worker_ledger import Record
@@ -47,14 +47,15 @@ class WorkerRounds(WorkerHoldings):
         dimension = self.anchor.vector.size
         if plan.count > dimension:
             raise MalformedError(f"round {plan.round} selects {plan.count} of {dimension} coordinates")
-        indices = plan.indices(config.seed, dimension)
-        parts = parts_of(indices.size, self.anchor.statistics.size)
+        where = plan.where(config.seed, dimension)
+        size = size_of(where)
+        parts = parts_of(size, self.anchor.statistics.size)
         self._receiving = Receiving(
             plan,
-            indices,
+            where,
             plan.checksum(config.seed, dimension),
             parts,
-            np.empty(indices.size, np.float32),
+            np.empty(size, np.float32),
             np.empty(self.anchor.statistics.size, np.float32),
             [0] * len(parts),
             [b""] * len(parts),
@@ -80,7 +81,7 @@ class WorkerRounds(WorkerHoldings):
             empty = np.empty(0, np.float32)
             self._out.append(Update(0, np.empty(0, np.int64), empty, empty, None, None, later, None))
         self._opening += 1
-        opened = RoundOpen(receiving.plan, receiving.indices, record is not None, self.elapsed_s, self._opening)
+        opened = RoundOpen(receiving.plan, receiving.where, record is not None, self.elapsed_s, self._opening)
         self._out.append(opened)
 
     def snapshot(
@@ -117,7 +118,7 @@ class WorkerRounds(WorkerHoldings):
         if round_ in self.ledger.records:
             return []  # taken already, and never again: what was sent then is resent as it was
         plan, parts = receiving.plan, receiving.parts
-        delta = values - self.anchor.gather(plan, receiving.indices, 0, receiving.indices.size)
+        delta = values - self.anchor.gather(plan, receiving.where, 0, values.size)
         try:
             require_finite(delta, "the model's progress")
             require_finite(statistics, "the model's statistics")
@@ -130,7 +131,8 @@ class WorkerRounds(WorkerHoldings):
             kind = ValueType.FLOAT32 if part.statistics else plan.value_type
             for offset, length in slices(part, self.message_bytes // kind.itemsize):
                 at = slice(part.start + offset, part.start + offset + length)
-                payload = encode(source[at], kind)
+                # The caller may go on changing its statistics; the difference is nobody else's.
+                payload = (encode if part.statistics else encode_view)(source[at], kind)
                 if not part.statistics and sent is not delta:
                     sent[at] = decode(payload, kind, length)
                 first = part.index == 0 and offset == 0
@@ -147,7 +149,7 @@ class WorkerRounds(WorkerHoldings):
                     )
                 )
         self.bytes_up += sum(len(m.values) for m in messages)
-        self.ledger.add(Record(plan, receiving.indices, sent, parts, tuple(messages), epochs={self.epoch}))
+        self.ledger.add(Record(plan, receiving.where, sent, parts, tuple(messages), epochs={self.epoch}))
         return [Emit(m) for m in messages]
 
     def _answer(self, answer: Answer) -> None:
@@ -185,9 +187,9 @@ class WorkerRounds(WorkerHoldings):
             self._open(commit.plan, commit.elapsed_ms / 1000)
 
     def _commit_in_order(self, receiving: Receiving, commit: Commit) -> None:
-        plan, indices, anchor = receiving.plan, receiving.indices, self.anchor
-        old = anchor.gather(plan, indices, 0, indices.size)
+        plan, where, anchor = receiving.plan, receiving.where, self.anchor
         new = receiving.delta
+        old = anchor.gather(plan, where, 0, new.size)
         np.add(old, receiving.delta, out=new)
         statistics = receiving.statistics if receiving.statistics.size else None
         digest = anchor.next_digest(new, statistics)
@@ -204,12 +206,12 @@ class WorkerRounds(WorkerHoldings):
             self._diverged = self._refreshing = self._refresh_due = True
             return
         self._diverged = False
-        if plan.selection is SelectionKind.ALL:
+        if isinstance(where, slice):
             old = old.copy()  # it was a view of what the commit overwrites
         anchor.commit(
             self.epoch,
             plan,
-            indices,
+            where,
             new,
             statistics,
             digest,
@@ -228,12 +230,12 @@ class WorkerRounds(WorkerHoldings):
         settles = plan.round if record is not None else None
         complete = mask == (1 << len(receiving.parts)) - 1
         whole = complete and record is not None
-        update = Update(plan.round, _all_or(plan, indices), old, new, sent, statistics, settles, plan, whole=whole)
+        update = Update(plan.round, _all_or(plan, where), old, new, sent, statistics, settles, plan, whole=whole)
         self._out.append(update)
         if self._former_at_work:
             self._former_at_work = False
             if record is None and mask:
-                self._forget(indices)
+                self._forget(_all_or(plan, where))
         if not complete and not self.observer:
             self._out.append(Emit(Ready(anchor.position)))  # it may have been given up on: wait for it again
 
@@ -251,12 +253,9 @@ class WorkerRounds(WorkerHoldings):
         """
         if state.indices is not None:
             raise MalformedError("a commit in the middle of a partial catch-up")
-        plan, indices = receiving.plan, receiving.indices
+        plan, where = receiving.plan, receiving.where
         with np.errstate(all="ignore"):  # values that have not arrived are arbitrary
-            if plan.selection is SelectionKind.ALL:
-                state.values[: indices.size] += receiving.delta
-            else:
-                state.values[indices] += receiving.delta
+            state.values[where] += receiving.delta
         if receiving.statistics.size:
             state.values[-receiving.statistics.size :] = receiving.statistics
         told = state.announcement
@@ -288,5 +287,5 @@ class WorkerRounds(WorkerHoldings):
         return min(len(bits(b)) for b in receiving.included)
 
 
-def _all_or(plan: RoundPlan, indices: Indices) -> Indices | None:
-    return None if plan.selection is SelectionKind.ALL else indices
+def _all_or(plan: RoundPlan, where: Where) -> Indices | None:
+    return None if plan.selection is SelectionKind.ALL else as_indices(where)

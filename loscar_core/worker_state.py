@@ -17,6 +17,7 @@ from loscar_core.errors import ConfigError, MalformedError, WrongRunError
 from loscar_core.layout import require_same
 from loscar_core.messages import Contribution
 from loscar_core.plan import RoundKind, RoundPlan, parts_of
+from loscar_core.replica import size_of
 from loscar_core.saved_state import SavedState, restore
 from loscar_core.selection import SelectionKind
 from loscar_core.values import ValueType
@@ -128,7 +129,7 @@ def _record(engine: WorkerEngine, number: int, entry: dict[str, Any], arrays: di
     assert engine.config is not None
     round_, kind, selection, count, value_type = entry["plan"]
     plan = RoundPlan(round_, RoundKind(kind), SelectionKind(selection), count, ValueType(value_type))
-    indices = plan.indices(engine.config.seed, engine.anchor.vector.size)
+    where = plan.where(engine.config.seed, engine.anchor.vector.size)
     payload = arrays[f"payload_{number}"].tobytes()
     messages, start = [], 0
     for epoch, part, offset, size, checksum, local, overlap in entry["messages"]:
@@ -137,9 +138,9 @@ def _record(engine: WorkerEngine, number: int, entry: dict[str, Any], arrays: di
         start += size
     return Record(
         plan,
-        indices,
+        where,
         np.array(arrays[f"sent_{number}"], np.float32),
-        parts_of(indices.size, engine.anchor.statistics.size),
+        parts_of(size_of(where), engine.anchor.statistics.size),
         tuple(messages),
         int(entry["subtracted"], 16),
         entry["decided"],

@@ -2,7 +2,7 @@
 
 import sys
 
-from loscar_deploy.cli import main
+from loscar_deploy.entry import main
 
 if __name__ == "__main__":
     sys.exit(main())

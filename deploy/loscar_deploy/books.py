@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-import loscar_worker.session
+import loscar_worker.joining
 from loscar_core.state import Included, Lineage
 from loscar_core.worker_engine import WorkerEngine
 from loscar_core.worker_ledger import Ledger, Record
@@ -143,8 +143,8 @@ class BookedEngine(WorkerEngine):
 def keep_books(folder: Path) -> None:
     """From now on, what is joined in this process keeps books and writes its contributions to `folder`."""
 
-    loscar_worker.session.WorkerEngine = partial(BookedEngine, folder)  # type: ignore[attr-defined,assignment]
-    loscar_worker.session.Session = BookedSession  # type: ignore[misc]
+    loscar_worker.joining.WorkerEngine = partial(BookedEngine, folder)  # type: ignore[attr-defined,assignment]
+    loscar_worker.joining.Session = BookedSession  # type: ignore[attr-defined]
 
 
 def close_books(session: BookedSession, folder: Path) -> None:

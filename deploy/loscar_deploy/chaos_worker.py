@@ -21,7 +21,7 @@ from loscar_core.errors import LoscarError
 from loscar_deploy.books import BookedSession, close_books, keep_books
 from loscar_deploy.children import exit_with_parent
 from loscar_worker.app import Stopper
-from loscar_worker.session import join
+from loscar_worker.joining import join
 from loscar_worker.state_file import note_resumption, write_state
 from loscar_worker.tasks.base import ArrayDataset, Task
 from loscar_worker.tasks.models import mlp

@@ -19,6 +19,7 @@ from importlib import metadata
 from loscar_core.errors import LoscarError, SystemRefusedError, all_errors
 from loscar_deploy import logs
 from loscar_deploy.commands import Handler, comparing, loading, planning, services, tools, training
+from loscar_deploy.completion import PrintCompletion
 
 log = logging.getLogger("loscar")
 
@@ -32,6 +33,7 @@ def build_parser() -> ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=_version())
+    parser.add_argument("--print-completion", action=PrintCompletion, help="print a script for this shell and exit")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     def command(name: str, handler: Handler, text: str) -> ArgumentParser:

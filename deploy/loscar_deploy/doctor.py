@@ -7,6 +7,7 @@ of the first failed check.
 from __future__ import annotations
 
 import asyncio
+import errno
 import importlib.util
 import os
 import shutil
@@ -26,12 +27,16 @@ from loscar_core.errors import (
     ConnectError,
     DataMissingError,
     LoscarError,
+    SystemRefusedError,
     VersionMismatchError,
 )
 from loscar_deploy.client import Client
 from loscar_wire.transport import ClientSecurity, check_free, parse_address
 
 LEAST_DISK_BYTES = 1 << 30
+PROBE_BYTES = 1 << 16
+"""Written to see whether there is room for anything."""
+
 SOON_DAYS = 14
 PACKAGES = {"grpcio": "1.72.1", "protobuf": "6.30", "numpy": "1.26", "safetensors": "0.4.3"}
 
@@ -219,10 +224,14 @@ def check_out(out: Path) -> Iterator[Finding]:
     try:
         free = shutil.disk_usage(existing).free
         probe = existing / ".loscar-doctor"
-        probe.touch()
-        probe.unlink()
+        try:
+            probe.write_bytes(bytes(PROBE_BYTES))
+        finally:
+            probe.unlink(missing_ok=True)
     except OSError as error:
-        yield _failed("out", ConfigError(f"{existing} cannot be written: {error.strerror}"))
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        kind = SystemRefusedError if full else ConfigError
+        yield _failed("out", kind(f"{existing} cannot be written: {error.strerror}"))
         return
     state = "warning" if free < LEAST_DISK_BYTES else "ok"
     yield Finding("out", state, f"{existing} can be written, {free / 1e9:.1f} GB are free")

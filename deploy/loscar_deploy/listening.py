@@ -7,7 +7,7 @@ import socketserver
 from typing import Any, TypeVar
 
 from loscar_core.errors import ConfigError
-from loscar_wire.transport import format_address, parse_address
+from loscar_wire.transport import cannot_listen, format_address, parse_address
 
 S = TypeVar("S", bound=socketserver.TCPServer)
 
@@ -21,14 +21,18 @@ def bound_at(listen: str, option: str, kind: type[S], *arguments: Any) -> tuple[
         arguments: the server's own, after the address.
 
     Raises:
-        ConfigError: nothing can listen there.
+        ConfigError: the address cannot be read, or its host is not known.
+        PortInUseError: nothing can listen there.
     """
     host, port = parse_address(listen, option)
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        of_family: type[S] = type("_FamilyServer", (kind,), {"address_family": found[0][0]})
-        server = of_family(found[0][4][:2], *arguments)  # type: ignore[arg-type]
     except OSError as error:
         reason = error.strerror or error
         raise ConfigError(f"{option}: cannot listen on {format_address(host, port)}: {reason}") from None
+    try:
+        of_family: type[S] = type("_FamilyServer", (kind,), {"address_family": found[0][0]})
+        server = of_family(found[0][4][:2], *arguments)  # type: ignore[arg-type]
+    except OSError as error:
+        raise cannot_listen(option, host, port, error) from None
     return server, format_address(host, int(server.server_address[1]))

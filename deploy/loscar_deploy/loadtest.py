@@ -20,16 +20,15 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import psutil
 
 from loscar_core.errors import ConfigError, LoscarError, WorkerFailedError
 from loscar_core.layout import Layout, Segment
 from loscar_core.messages import Reason, WorkerReport
 from loscar_core.plan import RoundPlan
-from loscar_core.replica import Floats, Indices, Replica
+from loscar_core.replica import Floats, Replica, Where
 from loscar_core.selection import SelectionKind
 from loscar_core.worker_effects import ProgressWanted, RoundOpen, RunEnded, Update, WorkerEffect
 from loscar_core.worker_engine import WorkerEngine
@@ -40,6 +39,9 @@ from loscar_deploy.link_spec import LinkSpec
 from loscar_deploy.loadtest_echo import echo_cost
 from loscar_wire.transport import ClientSecurity, format_address, parse_address
 from loscar_worker.connection import Connection, ConnectionOptions
+
+if TYPE_CHECKING:
+    import psutil
 
 MOST_WORKERS = 1024
 WARM_UP = 0.1
@@ -102,10 +104,10 @@ class ZeroReplica(Replica):
     def of(cls, dimension: int, digest: int) -> ZeroReplica:
         return cls(np.zeros(dimension, np.float32), NOTHING, digest=digest)
 
-    def gather(self, plan: RoundPlan, indices: Indices, start: int, stop: int) -> Floats:
+    def gather(self, plan: RoundPlan, indices: Where, start: int, stop: int) -> Floats:
         return np.zeros(stop - start, np.float32)
 
-    def commit(self, epoch: int, plan: RoundPlan, indices: Indices, values: Floats, *rest: Any) -> None:
+    def commit(self, epoch: int, plan: RoundPlan, indices: Where, values: Floats, *rest: Any) -> None:
         if values.any():
             raise WorkerFailedError("somebody else trains in this run: a load test needs a run of its own")
         # A round of one value, which is there to be written to, does the rest.
@@ -171,7 +173,7 @@ class SyntheticWorker:
 
     def _contribute(self, opened: RoundOpen) -> None:
         assert self._connection is not None
-        zeros = np.zeros(opened.indices.size, np.float32)
+        zeros = np.zeros(opened.size, np.float32)
         effects = self._engine.snapshot(opened.plan.round, zeros, NOTHING, 1, 0, opened.opening)
         if effects:
             self._test.contributions += 1
@@ -255,6 +257,8 @@ class LoadTest:
         line = await child.process.stdout.readline() if child.process.stdout is not None else b""
         if not line:
             raise _failed(child)
+        import psutil  # whoever measures a server that is there does without it
+
         self._server = psutil.Process(child.process.pid)
         address: str = json.loads(line)["listening"]
         return address

@@ -8,7 +8,6 @@ import time
 from typing import Any
 
 import grpc
-import psutil
 import uvloop
 
 from loscar_wire.transport import CLIENT_OPTIONS, SERVER_OPTIONS
@@ -76,6 +75,8 @@ async def echo_cost(streams: int, messages: list[int], rounds: int) -> tuple[flo
             return time.perf_counter() - started
 
         await asyncio.gather(*map(one, calls))  # connections are made, buffers have grown
+        import psutil
+
         measured = psutil.Process(process.pid)
         before = measured.cpu_times()
         seconds: list[float] = []

@@ -37,8 +37,12 @@ def save_model(path: Path, model: FetchedModel, run_id: str) -> None:
         "round": str(model.position.round),
     }
     part = path.with_suffix(".part")
-    part.write_bytes(save(tensors, metadata))  # not by save_file, whose errors are no OSErrors
-    part.replace(path)
+    try:
+        part.write_bytes(save(tensors, metadata))  # not by save_file, whose errors are no OSErrors
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)  # half a file would only keep the disk full
+        raise
 
 
 def _tensors(segments: tuple[Segment, ...], values: Floats) -> dict[str, Floats]:

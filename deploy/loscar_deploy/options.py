@@ -249,13 +249,23 @@ def add_machines(parser: ArgumentParser, step_time: str, *, compared: bool = Fal
     """
     parser.add_argument("--workers", metavar="N", default="4", help="how many workers")
     if not compared:
-        parser.add_argument("--link", metavar="SPEC", default=LINK, help="each worker's link; ; separates")
+        parser.add_argument("--link", metavar="SPEC", default=Default(LINK), help="each worker's link; ; separates")
     parser.add_argument("--slowdown", metavar="F[,F…]", help="how many times slower each worker is (default 1,1,1,2)")
-    parser.add_argument("--step-time", metavar="TIME", default="10ms", help=step_time)
+    parser.add_argument("--step-time", metavar="TIME", default=Default("10ms"), help=step_time)
     parser.add_argument(
-        "--device", metavar="NAME[,NAME…]", default="cpu", help="each worker's: cpu, cuda, cuda:1 or auto"
+        "--device", metavar="NAME[,NAME…]", default=Default("cpu"), help="each worker's: cpu, cuda, cuda:1 or auto"
     )
     parser.add_argument("--target-loss", metavar="L", help="end when the average of the live models has this test loss")
+
+
+def add_writers(parser: ArgumentParser) -> None:
+    """Where figures go beside the run folder."""
+    parser.add_argument(
+        "--writer",
+        choices=["tensorboard", "wandb"],
+        action="append",
+        help="hand the figures to TensorBoard or Weights & Biases as well; may be given twice",
+    )
 
 
 def add_churn(parser: ArgumentParser) -> None:
@@ -285,14 +295,16 @@ def add_task(parser: ArgumentParser, *, many: bool = False) -> None:
 def run_config(args: Namespace) -> RunConfig:
     """Raises ConfigError for every wrong value."""
     from loscar_core.config import FinalRound, RunConfig
+    from loscar_core.layout import Shard, parse_shard
     from loscar_core.merge import parse_merge
     from loscar_core.methods import parse_method, settle
     from loscar_core.selection import SelectionKind
     from loscar_core.values import ValueType
 
     method = parse_method(args.method)
+    shard = Shard() if getattr(args, "shard", None) is None else parse_shard(args.shard)
     values = {
-        "seed": whole("--seed", args.seed),
+        "seed": shard.seed(whole("--seed", args.seed)),
         "density": _density(args.density),
         "coordinates": None if args.coordinates is None else whole("--coordinates", args.coordinates, 1),
         "selection": member(SelectionKind, "--selection", args.selection),
@@ -307,12 +319,15 @@ def run_config(args: Namespace) -> RunConfig:
         "evaluate_every": whole("--evaluate-every", args.evaluate_every),
         "final_round": member(FinalRound, "--final-round", args.final_round),
         "method": method.text(),
+        "shard": shard,
     }
     options = ("density", "selection", "merge", "local_steps", "overlap_steps")
     given = [name for name in options if not isinstance(getattr(args, name), Default)]
     if args.coordinates is not None:
         given.append("density")
-    return RunConfig(**settle(method, values, given))
+    # Shard 0 knows when the run ends; a method that needs to know it is content with that.
+    ending = {"rounds": 1} if shard.index else {}
+    return RunConfig(**{**settle(method, {**values, **ending}, given), "rounds": values["rounds"]})
 
 
 def _density(text: str) -> float:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from loscar_deploy.client import FetchedModel
 from loscar_deploy.model_file import save_model
-from loscar_deploy.run_folder import RunFolder
+from loscar_deploy.run_folder import RunFolder, metrics_of
 from loscar_wire._generated import parameter_server_pb2 as pb
 from loscar_worker.round_record import RoundRecord
 
@@ -46,7 +46,7 @@ class Recorder:
 
     def status(self, reply: pb.StatusReply) -> None:
         """What the server knows."""
-        self._folder.append_metrics(reply)
+        self._folder.append_metrics(metrics_of(reply))
 
     def evaluation(self, found: SimulatedEvaluation) -> None:
         """The average of the live models was tested."""

@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 from argparse import Namespace
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,9 @@ from loscar_deploy.link import LinkFarm
 from loscar_deploy.link_spec import LinkSpec
 from loscar_deploy.model_file import load_model, save_model
 from loscar_deploy.options import RUN_OPTIONS, Default
-from loscar_deploy.run_folder import RunFolder, distances_of, method_options, settings_of, valley_width
+from loscar_deploy.run_folder import RunFolder, distances_of, method_options, metrics_of, settings_of, valley_width
 from loscar_deploy.table import Progress
+from loscar_deploy.writers import Writers, open_writers
 from loscar_wire._generated import parameter_server_pb2 as pb
 from loscar_wire.transport import ClientSecurity, parse_address
 
@@ -33,7 +34,7 @@ START_TIMEOUT_S = 60.0
 END_TIMEOUT_S = 60.0
 EXIT_TIMEOUT_S = 2.0
 
-_TASK_OPTIONS = ("task", "data_dir", "lr", "partition", "seed", "method")
+TASK_OPTIONS = ("task", "data_dir", "lr", "partition", "seed", "method")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,7 @@ class RunPlan:
     batch_sizes: tuple[int, ...] | None = None
 
 
-def _flags(args: Namespace, names: Iterable[str]) -> list[str]:
+def flags_of(args: Namespace, names: Iterable[str]) -> list[str]:
     """Options as the children's command lines take them."""
     flags: list[str] = []
     for name in names:
@@ -74,10 +75,12 @@ def _flags(args: Namespace, names: Iterable[str]) -> list[str]:
 class LocalRun:
     """Starts, watches and ends the processes of one run."""
 
-    def __init__(self, plan: RunPlan, folder: RunFolder, progress: Progress) -> None:
+    def __init__(self, plan: RunPlan, folder: RunFolder, progress: Progress, writers: Writers | None = None) -> None:
         self._plan = plan
         self._folder = folder
         self._progress = progress
+        self._writers = writers or Writers({})
+        self._told_evaluations = 0
         self._children = Children()
         self._server: Child | None = None
         self._workers: list[Child] = []
@@ -103,7 +106,7 @@ class LocalRun:
         try:
             address = await self._start_server()
             targets = await self._start_links(address)
-            client = Client(address, ClientSecurity(os.environ.get("LOSCAR_TOKEN") or None))
+            client = self._client(address)
             try:
                 await self._start_workers(targets)
                 await self._start_evaluator()
@@ -137,12 +140,15 @@ class LocalRun:
             self._forced.set()
             self._children.kill_all()
 
+    def _client(self, address: str) -> Client:
+        return Client(address, ClientSecurity(os.environ.get("LOSCAR_TOKEN") or None))
+
     # --- starting -------------------------------------------------------------------------------------------
 
     async def _start_server(self) -> str:
         args = self._plan.args
         flags = ["--listen", "127.0.0.1:0", "--workers", str(self._plan.workers), "--linger", "10m", "--json"]
-        flags += _flags(args, RUN_OPTIONS)
+        flags += flags_of(args, RUN_OPTIONS)
         if getattr(args, "dashboard", None) is not None:
             flags.append(f"--dashboard={args.dashboard}")
         log = self._folder.log("server")
@@ -157,7 +163,9 @@ class LocalRun:
                 return told["listening"]
         if self._forced.is_set():
             raise _forced()
-        raise WorkerFailedError(f"the server did not start: {server.last_words()}")
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(server.process.wait(), EXIT_TIMEOUT_S)
+        raise _failure(f"the server did not start: {server.last_words()}", server.returncode)
 
     async def _start_links(self, address: str) -> list[str]:
         if self._plan.links is None:
@@ -173,7 +181,7 @@ class LocalRun:
             flags = ["--server", target, "--name", name, "--slot", str(i), "--workers", str(self._plan.workers)]
             flags += ["--slowdown", f"{self._plan.slowdown[i]:g}", "--step-time", args.step_time, "--threads", "1"]
             flags += ["--result", str(folder.worker_result(name)), "--rounds-log", str(folder.worker_rounds(name))]
-            flags += [*_flags(args, _TASK_OPTIONS), "--device", self._plan.devices[i], "--parting", "0s"]
+            flags += [*flags_of(args, TASK_OPTIONS), "--device", self._plan.devices[i], "--parting", "0s"]
             if args.keep_models:
                 flags += ["--save-last", str(folder.worker_model(name))]
             if self._plan.batch_sizes is not None:
@@ -187,7 +195,7 @@ class LocalRun:
             return
         folder, args = self._folder, self._plan.args
         slots = [str(folder.worker_slots(f"w{i}")) for i in range(self._plan.workers)]
-        flags = [*slots, "--out", str(folder.evaluations), *_flags(args, ("task", "data_dir"))]
+        flags = [*slots, "--out", str(folder.evaluations), *flags_of(args, ("task", "data_dir"))]
         log = folder.log("evaluator")
         self._evaluator = await self._children.start("evaluator", flags, log, module="loscar_deploy.evaluator")
 
@@ -220,9 +228,9 @@ class LocalRun:
                 self._progress.show(reply)
             if reply.elapsed_s - metrics_at >= METRICS_EVERY_S:
                 metrics_at = reply.elapsed_s
-                self._folder.append_metrics(reply)
+                self._note(reply)
             if reply.phase == "finished":
-                self._folder.append_metrics(reply)
+                self._note(reply)
                 self._progress.show(reply, last=True)
                 return
             self._check_workers(gone, started=reply.elapsed_s >= 0)
@@ -236,6 +244,16 @@ class LocalRun:
                 await client.stop("interrupted")
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._forced.wait(), POLL_S)
+
+    def _note(self, reply: pb.StatusReply) -> None:
+        """Write down what is known now."""
+        record = metrics_of(reply)
+        self._folder.append_metrics(record)
+        if self._writers:
+            self._writers.record(record)
+            for line in self._folder.read_evaluations()[self._told_evaluations :]:
+                self._told_evaluations += 1
+                self._writers.evaluation(line)
 
     async def _why_unreachable(self, error: ConnectError) -> LoscarError:
         """What to say when a call to the server fails: it may have died, or been killed by the second Ctrl+C."""
@@ -390,20 +408,39 @@ def _draining(run: LocalRun, progress: Progress) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def execute(plan: RunPlan, *, quiet: bool = False) -> dict[str, Any]:
+def execute(
+    plan: RunPlan,
+    *,
+    quiet: bool = False,
+    run_of: Callable[[RunPlan, RunFolder, Progress, Writers], LocalRun] = LocalRun,
+) -> dict[str, Any]:
     """Run, evaluate, write the summary; returns it. Shows how it goes unless `quiet`.
+
+    Args:
+        run_of: makes the run, whose processes may be elsewhere.
 
     Raises:
         LoscarError: the run could not be done; the folder holds the logs.
     """
-    import uvloop
-
     args = plan.args
     folder = RunFolder(args.out)
     folder.write_options(args)
     progress = Progress(sys.stderr if args.json else sys.stdout, quiet=quiet)
+    writers = open_writers(getattr(args, "writer", None) or (), folder.path, folder.path.resolve().name)
+    try:
+        summary = _execute(run_of(plan, folder, progress, writers), plan, folder, progress, writers)
+    finally:
+        writers.close()
+    if not args.json and not quiet:
+        _print_result(plan, folder, summary)
+    return summary
 
-    run = LocalRun(plan, folder, progress)
+
+def _execute(run: LocalRun, plan: RunPlan, folder: RunFolder, progress: Progress, writers: Writers) -> dict[str, Any]:
+    import uvloop
+
+    args = plan.args
+    writers.settings(folder.options())
 
     async def go() -> dict[str, Any]:
         with progress:
@@ -417,14 +454,17 @@ def execute(plan: RunPlan, *, quiet: bool = False) -> dict[str, Any]:
     with _draining(run, progress):
         summary.update(evaluate_model(folder.model, args.task, args.data_dir))
         folder.write_summary(summary)
-    if not args.json and not quiet:
-        idle = [f for f in summary["idle_fraction"] if f is not None]
-        print(
-            f"consensus test accuracy {summary['accuracy']:.4f}, loss {summary['loss']:.4f} "
-            f"after {summary['rounds']} rounds in {summary['wall_seconds']:.1f} s "
-            f"(idle ≤ {max(idle, default=0):.1%})"
-        )
-        if plan.target_loss is not None and summary["seconds_to_target"] is None:
-            print(f"target loss {plan.target_loss:g} NOT reached")
-        print(f"the run folder is {folder.path}")
+        writers.result(summary)
     return summary
+
+
+def _print_result(plan: RunPlan, folder: RunFolder, summary: dict[str, Any]) -> None:
+    idle = [f for f in summary["idle_fraction"] if f is not None]
+    print(
+        f"consensus test accuracy {summary['accuracy']:.4f}, loss {summary['loss']:.4f} "
+        f"after {summary['rounds']} rounds in {summary['wall_seconds']:.1f} s "
+        f"(idle ≤ {max(idle, default=0):.1%})"
+    )
+    if plan.target_loss is not None and summary["seconds_to_target"] is None:
+        print(f"target loss {plan.target_loss:g} NOT reached")
+    print(f"the run folder is {folder.path}")

@@ -16,6 +16,8 @@ from typing import Any
 from loscar_core.errors import ConfigError, DataMissingError
 from loscar_deploy.options import number
 
+NO_RUN_FOLDER = "give the folder that `loscar run` or `loscar simulate --out` has written"
+
 TEST_LOSS = "test loss of the live models' average"
 TRAINING_LOSS = "training loss (mean over workers)"
 
@@ -189,7 +191,7 @@ def load_run(path: Path, label: str | None = None) -> RunData:
     if not config.is_file() and (path / "runs").is_dir():
         raise DataMissingError(f"{path} holds several runs: give some of {path / 'runs'}, one by one")
     if not config.is_file():
-        raise DataMissingError(f"{path} is no run folder: it has no config.toml")
+        raise DataMissingError(f"{path} is no run folder: it has no config.toml").with_hint(NO_RUN_FOLDER)
     try:
         options = tomllib.loads(config.read_text(encoding="utf-8"))
         target_loss = number("target_loss", str(options["target_loss"])) if "target_loss" in options else None

@@ -5,18 +5,20 @@ from __future__ import annotations
 import contextlib
 import json
 import time
+import tomllib
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import tomli_w
 
 from loscar_core.config import RunConfig
-from loscar_core.errors import ConfigError
+from loscar_core.errors import ConfigError, SystemRefusedError
 from loscar_core.methods import parse_method
 from loscar_deploy.run_data import json_lines
+from loscar_deploy.strict_json import dumps
 from loscar_wire._generated import parameter_server_pb2 as pb
 
 RUNS = Path("runs")
@@ -83,7 +85,12 @@ class RunFolder:
         """Options as they were given or defaulted; those that are not set are left out (TOML has no null)."""
         known = {k: v for k, v in vars(args).items() if v is not None and k not in NOT_SAVED}
         texts = {k: str(v) if isinstance(v, Path) else v for k, v in known.items()}
-        self.config.write_text(tomli_w.dumps(texts), encoding="utf-8")
+        with _naming(self.config):
+            self.config.write_text(tomli_w.dumps(texts), encoding="utf-8")
+
+    def options(self) -> dict[str, Any]:
+        """What `write_options` has written."""
+        return tomllib.loads(self.config.read_text(encoding="utf-8"))
 
     def read_evaluations(self) -> list[dict[str, Any]]:
         """What the evaluator has found so far; a line that is being written is left for later."""
@@ -94,42 +101,61 @@ class RunFolder:
         return [json.loads(line) for line in lines]
 
     def append_evaluation(self, line: dict[str, Any]) -> None:
-        with self.evaluations.open("a", encoding="utf-8") as file:
+        with _naming(self.evaluations), self.evaluations.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
     def write_summary(self, summary: dict[str, Any]) -> None:
-        self.summary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        with _naming(self.summary):
+            self.summary.write_text(dumps(summary, indent=2) + "\n", encoding="utf-8")
 
-    def append_metrics(self, reply: pb.StatusReply) -> None:
-        """One line for a server status: what each worker had done by then."""
-        line = {
-            "elapsed_s": round(reply.elapsed_s, 3),
-            "epoch": reply.epoch,
-            "round": reply.round,
-            "bytes_in": reply.bytes_in,
-            "bytes_out": reply.bytes_out,
-            "workers": [
-                {
-                    "name": m.name,
-                    "slot": m.slot,
-                    "state": m.state,
-                    "steps": m.report.steps,
-                    "loss": m.report.loss if m.report.HasField("loss") else None,
-                    "idle_s": round(m.report.idle_s, 4),
-                    "merged_round": m.merged_round,
-                    "missed": m.missed,
-                    "local_steps": m.local_steps,
-                    "overlap_steps": m.overlap_steps,
-                    "bytes_up": m.report.bytes_up,
-                    "bytes_down": m.report.bytes_down,
-                }
-                for m in reply.members
-                if not m.observer
-            ],
-            "departures": dict(Counter(d.reason for d in reply.departures)),
-        }
-        with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+    def append_metrics(self, record: dict[str, Any]) -> None:
+        """One line of what `metrics_of` gives."""
+        with _naming(self.metrics), self.metrics.open("a", encoding="utf-8") as file:
+            file.write(dumps(record) + "\n")
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """A failed write says of itself which file it was: the system does not. Raises SystemRefusedError."""
+    try:
+        yield
+    except OSError as error:
+        raise SystemRefusedError(f"{path} cannot be written: {error.strerror or error}") from None
+
+
+def metrics_of(reply: pb.StatusReply) -> dict[str, Any]:
+    """A line of metrics.jsonl for a server status: what each worker had done by then.
+
+    Its fields are described by schemas/metrics.schema.json.
+    """
+    return {
+        "elapsed_s": round(reply.elapsed_s, 3),
+        "epoch": reply.epoch,
+        "round": reply.round,
+        "bytes_in": reply.bytes_in,
+        "bytes_out": reply.bytes_out,
+        "workers": [
+            {
+                "name": m.name,
+                "slot": m.slot,
+                "state": m.state,
+                "steps": m.report.steps,
+                "loss": m.report.loss if m.report.HasField("loss") else None,
+                "idle_s": round(m.report.idle_s, 4),
+                "run_s": round(m.report.run_s, 4),
+                "merged_round": m.merged_round,
+                "missed": m.missed,
+                "local_steps": m.local_steps,
+                "overlap_steps": m.overlap_steps,
+                "bytes_up": m.report.bytes_up,
+                "bytes_down": m.report.bytes_down,
+                "round_trip_s": round(m.report.round_trip_s, 6) if m.report.HasField("round_trip_s") else None,
+            }
+            for m in reply.members
+            if not m.observer
+        ],
+        "departures": dict(Counter(d.reason for d in reply.departures)),
+    }
 
 
 def distances_of(rounds: Iterable[Path]) -> list[tuple[int, float]]:

@@ -5,14 +5,20 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.json_format import MessageToDict
 from rich.console import Console
 
+from loscar_core.errors import ConnectError
 from loscar_deploy.client import Client
-from loscar_deploy.table import Progress, console_for, status_table
+from loscar_deploy.run_folder import RUNS, metrics_of
+from loscar_deploy.table import console_for, status_table
+from loscar_deploy.watch import Watch
+from loscar_deploy.writers import Writers, open_writers
 from loscar_wire._generated import parameter_server_pb2 as pb
 from loscar_wire.transport import ClientSecurity, parse_address
 
@@ -47,14 +53,33 @@ def _with_numbers(value: Any) -> Any:
     return int(value) if isinstance(value, str) else value
 
 
-async def show_status(target: str, security: ClientSecurity, *, as_json: bool, watch: bool) -> int:
-    """Print the status; with `watch`, until the run is over or Ctrl+C."""
+async def show_status(
+    target: str,
+    security: ClientSecurity,
+    *,
+    as_json: bool,
+    watch: bool,
+    writers: Sequence[str] = (),
+    out: Path | None = None,
+) -> int:
+    """Print the status; with `watch`, until the run is over or Ctrl+C.
+
+    Args:
+        writers: names of those that are handed what is watched.
+        out: where they write; None takes runs/ and the run's id.
+    """
     parse_address(target, "--server")
     client = Client(target, security)
     try:
         reply = await client.status()
         if watch:
-            await _watch(client, reply, as_json)
+            run = reply.run_id.hex()[:8]
+            opened = open_writers(writers, out or RUNS / run, run)
+            try:
+                opened.settings(as_dict(reply)["config"])
+                await _watch(client, reply, as_json, opened)
+            finally:
+                opened.close()
         elif as_json:
             print(json.dumps(as_dict(reply)))
         else:
@@ -66,17 +91,23 @@ async def show_status(target: str, security: ClientSecurity, *, as_json: bool, w
         await client.close()
 
 
-async def _watch(client: Client, reply: pb.StatusReply, as_json: bool) -> None:
-    with Progress(quiet=as_json) as progress:
+async def _watch(client: Client, reply: pb.StatusReply, as_json: bool, writers: Writers) -> None:
+    with Watch(quiet=as_json) as shown:
         while True:
             over = reply.phase == "finished"
             if as_json:
                 print(json.dumps(as_dict(reply)), flush=True)
-            progress.show(reply, last=over)
+            shown.show(reply, last=over)
+            if reply.elapsed_s >= 0:
+                writers.record(metrics_of(reply))
             if over:
                 return
             await asyncio.sleep(REFRESH_S)
-            reply = await client.status()
+            try:
+                reply = await client.status()
+            except ConnectError as error:
+                seen = f"the run was {reply.phase} at round {reply.round} a moment ago"
+                raise ConnectError(f"the server does not answer any more ({seen}): {error}") from None
 
 
 def _print_details(console: Console, reply: pb.StatusReply) -> None:

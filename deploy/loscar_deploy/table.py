@@ -10,6 +10,7 @@ from typing import IO, Self
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from loscar_wire._generated import parameter_server_pb2 as pb
 
@@ -48,11 +49,11 @@ def status_table(reply: pb.StatusReply) -> Table:
     table = Table(title=title, title_justify="left")
     table.add_column("worker")
     table.add_column("state")
-    for heading in ("steps", "N+Q", "merged", "missed", "loss", "idle", "up", "down", "heard"):
+    for heading in ("steps", "N+Q", "merged", "missed", "loss", "idle", "rtt", "up", "down", "heard"):
         table.add_column(heading, justify="right")
     for m in reply.members:
         table.add_row(
-            m.name,
+            Text(m.name),
             "observer" if m.observer else m.state,
             f"{m.report.steps}",
             f"{m.local_steps}+{m.overlap_steps}",
@@ -60,6 +61,7 @@ def status_table(reply: pb.StatusReply) -> Table:
             f"{m.missed}",
             f"{m.report.loss:.4f}" if m.report.HasField("loss") else "–",
             f"{idle_share(m):.1%}",
+            f"{m.report.round_trip_s * 1000:.3g} ms" if m.report.HasField("round_trip_s") else "–",
             size(m.report.bytes_up),
             size(m.report.bytes_down),
             f"{m.heard_ago_s:.1f} s ago",

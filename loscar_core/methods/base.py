@@ -92,6 +92,8 @@ class Method:
         defaults: settings that it has unless the user says otherwise.
         stays: a worker moves only by its own steps and rounds, never because the consensus has.
         follows: a worker that was away takes over the consensus as it is.
+        by_coordinate: what becomes of a coordinate depends on nothing but its own values, so that a round can be merged
+            a little at a time.
         vectors: names of what is averaged beside the model.
         spelling: option names that are no Python names (`lambda`), to their fields.
     """
@@ -103,6 +105,7 @@ class Method:
     defaults: ClassVar[Mapping[str, Any]] = NOTHING
     stays: ClassVar[bool] = False
     follows: ClassVar[bool] = False
+    by_coordinate: ClassVar[bool] = False
     vectors: ClassVar[tuple[str, ...]] = ()
     spelling: ClassVar[Mapping[str, str]] = NOTHING
 

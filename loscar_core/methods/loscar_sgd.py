@@ -16,6 +16,8 @@ class LoscarSgd(Method):
     summary = "sparse, overlapped Local SGD with the delay-corrected merge (or --merge overwrite)"
     source = "LOSCAR-SGD, arXiv 2605.20866"
 
+    by_coordinate = True
+
     kind: MergeKind = field(default=MergeKind.DELAY_CORRECTED, metadata={"option": False})
 
     @property

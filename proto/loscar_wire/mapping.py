@@ -8,14 +8,17 @@ each access of such a field copies, so every one is read exactly once.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from dataclasses import replace
+from typing import Any, TypeVar, cast
 
 from google.protobuf.message import DecodeError
 
 from loscar_core import messages as m
 from loscar_core.config import PROTOCOL_VERSION
 from loscar_core.errors import LoscarError, MalformedError, ProtocolError, VersionMismatchError
+from loscar_core.values import Payload
 from loscar_wire._generated import parameter_server_pb2 as pb
+from loscar_wire.bulk import cut, message_of
 from loscar_wire.pieces import (
     CODINGS,
     MAX_CAPABILITIES,
@@ -44,6 +47,8 @@ from loscar_wire.pieces import (
     recent_to_pb,
     report_from_pb,
     report_to_pb,
+    shard_from_pb,
+    shard_to_pb,
     text_of,
     time_of,
     vector_from_pb,
@@ -58,27 +63,31 @@ M = TypeVar("M")
 
 def encode_worker_message(message: m.WorkerMessage) -> bytes:
     """The bytes of one message of a worker."""
-    return _to_worker_pb(message).SerializeToString()
-
-
-def _to_worker_pb(message: m.WorkerMessage) -> pb.WorkerMessage:
     match message:
         case m.Contribution():
-            return pb.WorkerMessage(
-                contribution=pb.Contribution(
-                    epoch=message.epoch,
-                    round=message.round,
-                    part=message.part,
-                    offset=message.offset,
-                    values=message.values,
-                    checksum=message.checksum,
-                    local_steps=message.local_steps,
-                    overlap_steps=message.overlap_steps,
-                    indices=message.indices,
-                    base=message.base,
-                    index_coding=CODINGS[message.coding],
-                )
+            contribution = pb.Contribution(
+                epoch=message.epoch,
+                round=message.round,
+                part=message.part,
+                offset=message.offset,
+                checksum=message.checksum,
+                local_steps=message.local_steps,
+                overlap_steps=message.overlap_steps,
+                indices=message.indices,
+                base=message.base,
+                index_coding=CODINGS[message.coding],
             )
+            return _bulk(pb.WorkerMessage, "contribution", contribution, message.values)
+        case m.VectorChunk():
+            return _bulk(pb.WorkerMessage, "vector", vector_to_pb(message), message.values)
+        case _:
+            return _to_worker_pb(message).SerializeToString()
+
+
+def _to_worker_pb(
+    message: m.Heartbeat | m.Hello | m.Ready | m.Refresh | m.StopRun | m.Leave | m.StateOffer,
+) -> pb.WorkerMessage:
+    match message:
         case m.Heartbeat():
             return pb.WorkerMessage(
                 heartbeat=pb.Heartbeat(
@@ -104,10 +113,9 @@ def _to_worker_pb(message: m.WorkerMessage) -> pb.WorkerMessage:
                     recent=recent_to_pb(message.recent),
                     capabilities=message.capabilities,
                     partial=None if message.partial is None else _partial_to_pb(message.partial),
+                    shard=shard_to_pb(message.shard),
                 )
             )
-        case m.VectorChunk():
-            return pb.WorkerMessage(vector=vector_to_pb(message))
         case m.Ready():
             return pb.WorkerMessage(ready=pb.Ready(position=position_to_pb(message.position)))
         case m.Refresh():
@@ -133,7 +141,7 @@ def _to_worker_pb(message: m.WorkerMessage) -> pb.WorkerMessage:
 
 def decode_worker_message(data: bytes) -> m.WorkerMessage:
     """A worker's message from its bytes. Raises MalformedError, or VersionMismatchError for another version's hello."""
-    return _decode(pb.WorkerMessage, data, _FROM_WORKER)
+    return _decode(pb.WorkerMessage, data, _FROM_WORKER, _WORKER_VALUES)
 
 
 def _contribution(c: pb.Contribution) -> m.Contribution:
@@ -173,6 +181,7 @@ def _hello(h: pb.Hello) -> m.Hello:
         recent=recent_from_pb(h.recent),
         capabilities=_capabilities(h.capabilities),
         partial=_partial(h.partial) if h.HasField("partial") else None,
+        shard=shard_from_pb(h),
     )
 
 
@@ -221,24 +230,35 @@ _FROM_WORKER: dict[str, Callable[[Any], m.WorkerMessage]] = {
 
 def encode_server_message(message: m.ServerMessage) -> bytes:
     """The bytes of one message of the server; encoded once, however many members get it."""
-    return _to_server_pb(message).SerializeToString()
-
-
-def _to_server_pb(message: m.ServerMessage) -> pb.ServerMessage:
     match message:
         case m.Answer():
-            return pb.ServerMessage(
-                answer=pb.Answer(
-                    round=message.round,
-                    part=message.part,
-                    offset=message.offset,
-                    values=message.values,
-                    included=message.included,
-                    indices=message.indices,
-                    base=message.base,
-                    index_coding=CODINGS[message.coding],
-                )
+            answer = pb.Answer(
+                round=message.round,
+                part=message.part,
+                offset=message.offset,
+                included=message.included,
+                indices=message.indices,
+                base=message.base,
+                index_coding=CODINGS[message.coding],
             )
+            return _bulk(pb.ServerMessage, "answer", answer, message.values)
+        case m.VectorChunk():
+            return _bulk(pb.ServerMessage, "vector", vector_to_pb(message), message.values)
+        case _:
+            return _to_server_pb(message).SerializeToString()
+
+
+def _to_server_pb(
+    message: m.Commit
+    | m.HeartbeatReply
+    | m.Welcome
+    | m.CatchUp
+    | m.OpenRound
+    | m.RosterChange
+    | m.SendState
+    | m.Goodbye,
+) -> pb.ServerMessage:
+    match message:
         case m.Commit():
             return pb.ServerMessage(
                 commit=pb.Commit(
@@ -269,8 +289,6 @@ def _to_server_pb(message: m.ServerMessage) -> pb.ServerMessage:
                     recovering=message.recovering,
                 )
             )
-        case m.VectorChunk():
-            return pb.ServerMessage(vector=vector_to_pb(message))
         case m.CatchUp():
             return pb.ServerMessage(
                 catch_up=pb.CatchUp(
@@ -299,7 +317,7 @@ def _to_server_pb(message: m.ServerMessage) -> pb.ServerMessage:
 
 def decode_server_message(data: bytes) -> m.ServerMessage:
     """The server's message from its bytes. Raises MalformedError."""
-    return _decode(pb.ServerMessage, data, _FROM_SERVER)
+    return _decode(pb.ServerMessage, data, _FROM_SERVER, _SERVER_VALUES)
 
 
 def _welcome(w: pb.Welcome) -> m.Welcome:
@@ -367,16 +385,41 @@ _FROM_SERVER: dict[str, Callable[[Any], m.ServerMessage]] = {
 }
 
 
-def _decode(kind: Any, data: bytes, table: dict[str, Callable[[Any], M]]) -> M:
+def _numbers(kind: Any, *bodies: str) -> dict[int, int]:
+    """For bodies with values: the field number of each, and that of its values."""
+    fields = [kind.DESCRIPTOR.fields_by_name[body] for body in bodies]
+    return {field.number: field.message_type.fields_by_name["values"].number for field in fields}
+
+
+_WORKER_VALUES = _numbers(pb.WorkerMessage, "contribution", "vector")
+_SERVER_VALUES = _numbers(pb.ServerMessage, "answer", "vector")
+
+
+def _bulk(kind: Any, body: str, message: Any, values: Payload) -> bytes:
+    """A message with values, without protobuf's copies of them."""
+    field = kind.DESCRIPTOR.fields_by_name[body]
+    return message_of(message, field.number, field.message_type.fields_by_name["values"].number, values)
+
+
+def _decode(kind: Any, data: bytes, table: dict[str, Callable[[Any], M]], values_numbers: dict[int, int]) -> M:
     try:
-        message = kind.FromString(data)
-        body = message.WhichOneof("body")
-        if body is None:
-            raise MalformedError("a message without a body")
-        return table[body](getattr(message, body))
+        found = cut(data, values_numbers)
+        if found is not None:
+            rest, values = found
+            decoded: Any = _body(kind.FromString(rest), table)
+            if not decoded.values:  # else there were more than one, of which the last counts
+                return cast(M, replace(decoded, values=values))
+        return _body(kind.FromString(data), table)
     except DecodeError as error:
         raise MalformedError(f"not a protocol message: {error}") from None
     except ProtocolError:
         raise
     except (LoscarError, ValueError, OverflowError) as error:
         raise MalformedError(f"a malformed message: {error}") from None
+
+
+def _body(message: Any, table: dict[str, Callable[[Any], M]]) -> M:
+    body = message.WhichOneof("body")
+    if body is None:
+        raise MalformedError("a message without a body")
+    return table[body](getattr(message, body))

@@ -55,6 +55,24 @@ class RateMeter:
         return max(MIN_MESSAGE_BYTES, min(MAX_MESSAGE_BYTES, int(self.bytes_per_s * MESSAGE_S)))
 
 
+class Later:
+    """A message that is encoded when its turn comes, so that it takes no memory of its own before.
+
+    Args:
+        size: about how many bytes it will have.
+        encode: gives them.
+    """
+
+    __slots__ = ("_size", "encode")
+
+    def __init__(self, size: int, encode: Callable[[], bytes]) -> None:
+        self._size = size
+        self.encode = encode
+
+    def __len__(self) -> int:
+        return self._size
+
+
 class Outbox:
     """Encoded messages on their way to the other side.
 
@@ -64,8 +82,8 @@ class Outbox:
 
     def __init__(self) -> None:
         self._urgent: deque[bytes] = deque()
-        self._data: deque[tuple[int | None, bytes]] = deque()
-        self._bulk: deque[bytes] = deque()
+        self._data: deque[tuple[int | None, bytes | Later]] = deque()
+        self._bulk: deque[bytes | Later] = deque()
         self._wake = asyncio.Event()
         self.queued_bytes = 0
         self.busy_since: float | None = None
@@ -74,7 +92,9 @@ class Outbox:
         self.closing = False
         self.error: LoscarError | None = None
 
-    def put(self, payload: bytes, *, urgent: bool = False, round_: int | None = None, bulk: bool = False) -> None:
+    def put(
+        self, payload: bytes | Later, *, urgent: bool = False, round_: int | None = None, bulk: bool = False
+    ) -> None:
         """Queue a message.
 
         Args:
@@ -84,7 +104,7 @@ class Outbox:
         """
         if self.closing:
             return
-        if urgent:
+        if urgent and isinstance(payload, bytes):
             if len(self._urgent) == MAX_URGENT:
                 self.queued_bytes -= len(self._urgent.popleft())
             self._urgent.append(payload)
@@ -118,7 +138,7 @@ class Outbox:
             self.queued_bytes = 0
         self._wake.set()
 
-    def _next(self) -> bytes:
+    def _next(self) -> bytes | Later:
         if self._urgent:
             return self._urgent.popleft()
         return self._data.popleft()[1] if self._data else self._bulk.popleft()
@@ -135,12 +155,13 @@ class Outbox:
         """
         while True:
             if self._urgent or self._data or self._bulk:
-                payload = self._next()
+                queued = self._next()
+                payload = queued if isinstance(queued, bytes) else queued.encode()
                 started = self.busy_since = time.monotonic()
                 await write(payload)
                 self.busy_since = None
                 self.rate.note(len(payload), time.monotonic() - started)
-                self.queued_bytes -= len(payload)
+                self.queued_bytes -= len(queued)
                 written(len(payload))
                 if not self._urgent and not self._data and not self._bulk and not self.closing:
                     drained()

@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 
 from loscar_core import messages as m
 from loscar_core.config import FinalRound, RunConfig
-from loscar_core.errors import MalformedError
+from loscar_core.errors import ConfigError, MalformedError
 from loscar_core.indices import IndexCoding
-from loscar_core.layout import MAX_DIMENSION, Layout, Segment
+from loscar_core.layout import MAX_DIMENSION, Layout, Segment, Shard
 from loscar_core.merge import MergeKind
 from loscar_core.plan import HistoryEntry, RoundKind, RoundPlan
 from loscar_core.selection import SelectionKind
@@ -198,6 +198,17 @@ def inclusion_from_pb(message: pb.InclusionTable) -> dict[bytes, Included]:
     return table
 
 
+def shard_to_pb(shard: Shard) -> pb.Shard | None:
+    return None if shard.count == 1 else pb.Shard(index=shard.index, count=shard.count)
+
+
+def shard_from_pb(message: pb.RunConfig | pb.Hello) -> Shard:
+    try:
+        return Shard(message.shard.index, message.shard.count) if message.HasField("shard") else Shard()
+    except ConfigError as error:
+        raise MalformedError(str(error)) from None
+
+
 def config_to_pb(config: RunConfig) -> pb.RunConfig:
     return pb.RunConfig(
         seed=config.seed,
@@ -216,6 +227,7 @@ def config_to_pb(config: RunConfig) -> pb.RunConfig:
         evaluate_every=config.evaluate_every,
         method=config.method,
         dependent=config.dependent,
+        shard=shard_to_pb(config.shard),
     )
 
 
@@ -241,6 +253,7 @@ def config_from_pb(message: pb.RunConfig) -> RunConfig:
             evaluate_every=message.evaluate_every,
             method=message.method,
             dependent=message.dependent,
+            shard=shard_from_pb(message),
         )
     except ValueError as error:
         raise MalformedError(f"the run's configuration: {error}") from None
@@ -257,6 +270,7 @@ def report_to_pb(report: m.WorkerReport) -> pb.WorkerReport:
         returned=report.returned,
         bytes_up=report.bytes_up,
         bytes_down=report.bytes_down,
+        round_trip_s=report.round_trip_s,
     )
 
 
@@ -271,11 +285,13 @@ def report_from_pb(message: pb.WorkerReport) -> m.WorkerReport:
         returned=message.returned,
         bytes_up=message.bytes_up,
         bytes_down=message.bytes_down,
+        round_trip_s=time_of(message.round_trip_s, "a round trip") if message.HasField("round_trip_s") else None,
     )
 
 
 def vector_to_pb(chunk: m.VectorChunk) -> pb.VectorChunk:
-    return pb.VectorChunk(purpose=number_of(chunk.purpose), offset=chunk.offset, total=chunk.total, values=chunk.values)
+    """Without its values: see `loscar_wire.bulk`."""
+    return pb.VectorChunk(purpose=number_of(chunk.purpose), offset=chunk.offset, total=chunk.total)
 
 
 def vector_from_pb(message: pb.VectorChunk) -> m.VectorChunk:

@@ -7,6 +7,9 @@ The other side raises the same class with the same text.
 
 from __future__ import annotations
 
+import re
+from urllib.parse import unquote
+
 import grpc
 
 from loscar_core.errors import AuthenticationError, ConnectError, LoscarError, ProtocolError, all_errors
@@ -25,9 +28,18 @@ _TLS_FAILURES = {
     "certificate is not yet valid": "the server's certificate is not valid yet: is this machine's clock right?",
     "CERTIFICATE_VERIFY_FAILED": "the server's certificate is not one that --tls-ca vouches for",
     "Hostname Verification Check failed": "the server's certificate is for another name or address",
-    "WRONG_VERSION_NUMBER": "the server does not speak TLS",
+    "WRONG_VERSION_NUMBER": "the server does not speak TLS: leave --tls-ca out, or start it with --tls-cert",
 }
 """What the details of a failed handshake name, and what it means to a client; trying again would not help."""
+_UNREACHED = {
+    "Connection refused": "nothing listens there",
+    "Domain name not found": "the name is not known here",
+    "Failed parsing HTTP/2": "what listens there does not speak gRPC: is it another program's port?",
+    "Socket closed": "a server that wants TLS, or a client's certificate, hangs up like this",
+    "Deadline Exceeded": "no answer in time: a firewall may be in between, or it is another program's port",
+}
+"""What the details of a failed connection name, and what it means to a client."""
+_PEER = re.compile(r"ipv[46]:(\S+?:\d+): |errors resolving (\S+?:\d+): ")
 MAX_DETAILS = 2000
 
 
@@ -46,10 +58,19 @@ def from_status(code: grpc.StatusCode, details: str | None) -> LoscarError:
     for marker, reason in _TLS_FAILURES.items():
         _, found, more = (details or "").partition(marker)
         if found:
-            return AuthenticationError(f"{reason} ({(found + more).rstrip(': .'):.120})")
+            shown = (found + more).replace("Invalid certificate verification context", "").rstrip(": .OK")
+            return AuthenticationError(f"{reason} ({shown:.120})")
     if code in _TRANSIENT:
-        text = details or code.name.lower()
-        if "failed to connect" in text and "Socket closed" in text:
-            text += "; a server that wants TLS, or a client's certificate, hangs up like this"
-        return ConnectError(text)
+        return ConnectError(_unreached(details or code.name.lower()))
     return ProtocolError(f"{code.name}: {details}")
+
+
+def _unreached(details: str) -> str:
+    """Why there is no connection, in words of this program's where they are known."""
+    failed = details.startswith(("failed to connect", "errors resolving", "Deadline Exceeded"))
+    for marker, reason in _UNREACHED.items():
+        if failed and marker in details:
+            peer = _PEER.search(details)
+            where = unquote(peer[1] or peer[2]) + ": " if peer is not None else ""
+            return f"{where}{reason} ({marker})"
+    return details

@@ -115,6 +115,8 @@ class ServerSecurity:
 
 def parse_address(text: str, option: str) -> tuple[str, int]:
     """Host and port of HOST:PORT or [IPV6]:PORT; `option` names the source in the ConfigError otherwise."""
+    if "://" in text:
+        raise ConfigError(f"{option} {text!r}: expected HOST:PORT alone, without {text.partition('://')[0].strip()}://")
     host, colon, port_text = text.strip().rpartition(":")
     if host.startswith("[") and host.endswith("]"):
         host = host[1:-1]
@@ -148,8 +150,23 @@ def check_free(host: str, port: int) -> None:
     # A name may have an address, of IPv6 say, that this machine has not; but none may be taken.
     taken = [error for error in errors if error.errno == errno.EADDRINUSE]
     if taken or len(errors) >= max(1, len(found)):
-        reason = (taken or errors)[0]
-        raise PortInUseError(f"cannot listen on {format_address(host, port)}: {reason.strerror or reason}")
+        raise cannot_listen("", host, port, (taken or errors)[0])
+
+
+def cannot_listen(option: str, host: str, port: int, error: OSError) -> PortInUseError:
+    """What to raise when nothing can listen there.
+
+    Args:
+        option: that names the address, or empty.
+    """
+    said = f"{option}: " if option else ""
+    found = PortInUseError(f"{said}cannot listen on {format_address(host, port)}: {error.strerror or error}")
+    match error.errno:
+        case errno.EADDRNOTAVAIL:
+            return found.with_hint("give an address of this machine, or 0.0.0.0 for all of them")
+        case errno.EACCES:
+            return found.with_hint("ports below 1024 need a privilege: choose a higher one")
+    return found
 
 
 def is_loopback(host: str) -> bool:

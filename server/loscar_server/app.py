@@ -67,6 +67,7 @@ class ServerOptions:
         resume: go on from the newest checkpoint, when there is one.
         guard: limits on streams and joins.
         events: file that gets a JSON line for every event, see `loscar_server.events`; or None.
+        pause_on: the signal that pauses the run instead of ending it, or None.
     """
 
     listen: str = "127.0.0.1:50051"
@@ -81,6 +82,7 @@ class ServerOptions:
     resume: bool = False
     guard: StreamLimits = field(default_factory=StreamLimits)
     events: Path | None = None
+    pause_on: signal.Signals | None = None
 
 
 def run_id_bytes(text: str | None) -> bytes:
@@ -133,7 +135,7 @@ class ServerProcess:
         machine = ServerMachine(options.config, options.limits, run_id, time.monotonic(), saved)
         self.service = ParameterService(machine, options.security.token, self._note, options.guard)
         self._saving: asyncio.Task[None] | None = None
-        self._writing: asyncio.Future[Path] | None = None
+        self._writing: asyncio.Task[None] | None = None
         self._saved: Position | None = None
         self._saved_at = -math.inf
         self._worth_saving = asyncio.Event()
@@ -151,6 +153,9 @@ class ServerProcess:
                     f"{checkpoints.folder} holds checkpoints of a run: go on with --resume, or name another folder"
                 )
             saved = checkpoints.newest() if resume else None
+            if saved is not None and saved.config.shard != self._options.config.shard:
+                ours, theirs = self._options.config.shard, saved.config.shard
+                raise WrongRunError(f"the checkpoint is of shard {theirs}, and this is to be shard {ours}")
             if saved is not None and self._options.run_id is not None and saved.run_id != run_id:
                 raise WrongRunError(f"the checkpoint is of run {saved.run_id.hex()}, not {run_id.hex()}")
             if saved is None and there and self._options.run_id is None:
@@ -238,14 +243,19 @@ class ServerProcess:
     async def _save(self, checkpoints: Checkpoints) -> None:
         """Write a checkpoint off the loop, unless nothing has changed since the last one."""
         machine = self.service.machine
+        if self._writing is not None:
+            await self._writing
         if machine.replica is None or machine.replica.position == self._saved:
             return
+        self._writing = asyncio.create_task(self._write(checkpoints), name="checkpoint")
+        # A write cannot be cancelled half-way: whoever is next waits for it.
+        await asyncio.shield(self._writing)
+
+    async def _write(self, checkpoints: Checkpoints) -> None:
         try:
-            state = machine.saved_state(time.monotonic())
+            state = self.service.machine.saved_state(time.monotonic())
             assert state is not None
-            self._writing = asyncio.ensure_future(asyncio.to_thread(checkpoints.write, state))
-            # A write cannot be cancelled half-way: whoever ends this task waits for it in `close`.
-            path = await asyncio.shield(self._writing)
+            path = await asyncio.to_thread(checkpoints.write, state)
         except Exception as error:  # a run without checkpoints is better than none
             reason = error.strerror if isinstance(error, OSError) else repr(error)
             log.error("no checkpoint could be written: %s; the run goes on, the previous ones are untouched", reason)
@@ -282,8 +292,6 @@ class ServerProcess:
         if self._server is not None:
             await self.service.shut_down()
         if self._checkpoints is not None:  # now that no round is closed any more
-            if self._writing is not None:
-                await asyncio.gather(self._writing, return_exceptions=True)
             await self._save(self._checkpoints)
             self._checkpoints.close()
             self._checkpoints = None
@@ -293,17 +301,36 @@ class ServerProcess:
         if self._events is not None:
             self._events.close()
 
+    def say_paused(self) -> None:
+        """After `close`: where the run is now."""
+        replica = self.service.machine.replica
+        if replica is None:
+            log.info("paused; no run was on here")
+        elif replica.position == self._saved:
+            log.info("paused run %s at %s, which is saved", self.run_id.hex(), replica.position)
+        else:
+            log.info("paused run %s at %s, which the workers hold", self.run_id.hex(), replica.position)
+
 
 async def serve(
     options: ServerOptions, ready: Callable[[ServerProcess], None], metrics: ServerMetrics | None = None
-) -> None:
+) -> signal.Signals | None:
     """Run a server until its run is over and it has lingered, or a signal ends it.
 
-    The first SIGINT or SIGTERM ends the run with its final round, or the lingering; the second ends the process.
+    The first SIGINT or SIGTERM ends the run with its final round, or the lingering; the second ends the process. The
+    first signal that `options.pause_on` names ends the process and not the run: workers are told to look for the next
+    one, and a checkpoint is written.
 
     Args:
         ready: called once it listens.
         metrics: told what happens, and whose figures to show.
+
+    Returns:
+        The signal that has paused the run, or None when the run is over.
+
+    Raises:
+        InterruptedRunError: a second signal has come before the run's end.
+        ServerLostError: see `ServerProcess.wait_finished`.
     """
     loop = asyncio.get_running_loop()
     process = ServerProcess(options, None if metrics is None else metrics.note)
@@ -312,27 +339,39 @@ async def serve(
     await process.start()
     leave = asyncio.Event()
     forced = asyncio.Event()
+    paused = asyncio.Event()
     signals = 0
 
-    def on_signal() -> None:
+    def on_signal(number: signal.Signals) -> None:
         nonlocal signals
         signals += 1
-        if signals > 1:
+        if paused.is_set():
+            log.warning("ended before the run was paused: what was not saved is with the workers")
+            os._exit(InterruptedRunError.exit_code)  # a disk that does not answer cannot be told to hurry
+        elif signals > 1:
             forced.set()
         elif process.service.machine.phase is Phase.FINISHED:
             leave.set()
+        elif number == options.pause_on:
+            log.info("pausing the run; once more to stop at once")
+            paused.set()
         else:
             log.info("ending the run; once more to stop at once")
             leave.set()
             process.service.stop("interrupted")
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, on_signal)
+    for number in {signal.SIGINT, signal.SIGTERM, options.pause_on or signal.SIGTERM}:
+        loop.add_signal_handler(number, on_signal, number)
     ready(process)
     running = asyncio.create_task(process.wait_finished())
     force = asyncio.create_task(forced.wait())
+    pause = asyncio.create_task(paused.wait())
     try:
-        await asyncio.wait({running, force}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({running, force, pause}, return_when=asyncio.FIRST_COMPLETED)
+        if not running.done() and paused.is_set():
+            await process.close()
+            process.say_paused()
+            return options.pause_on
         if not running.done():
             raise InterruptedRunError("stopped before the run's end")
         running.result()
@@ -344,7 +383,8 @@ async def serve(
             ending = asyncio.create_task(process.service.streams_ended(options.limits.lease_s))
             await asyncio.wait({ending, force}, return_when=asyncio.FIRST_COMPLETED)
             ending.cancel()
+        return None
     finally:
-        for task in (running, force):
+        for task in (running, force, pause):
             task.cancel()
         await process.close()

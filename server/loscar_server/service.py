@@ -17,10 +17,12 @@ import grpc
 import numpy as np
 
 from loscar_core import effects as fx
-from loscar_core.errors import LoscarError, MalformedError, ServerLostError
+from loscar_core.errors import LoscarError, MalformedError, NoModelError
 from loscar_core.messages import HeartbeatReply, Hello
+from loscar_core.plan import is_worth_making_ahead, make_ahead
 from loscar_core.replica import Floats
 from loscar_core.server_machine import ServerMachine
+from loscar_core.server_round import ANSWER_BYTES
 from loscar_core.state import Position
 from loscar_server.admission import Context, Door, StreamLimits, stalled
 from loscar_server.averages import AverageDesk
@@ -207,8 +209,13 @@ class ParameterService:
                 self._averages.gone(departure)
             case fx.RunStarted(position):
                 self._averages.started(position)
-            case fx.RoundCommitted(position):
+            case fx.RoundCommitted(position=position):
                 self.first_round = self.first_round or position.round
+                rates = (s.outbox.rate.message_bytes(ANSWER_BYTES) for s in self._streams.values())
+                self.machine.answer_bytes = min(rates, default=ANSWER_BYTES)
+                if is_worth_making_ahead(effect.next_plan) and self.machine.replica is not None:
+                    seed, dimension = self.machine.config.seed, self.machine.replica.vector.size
+                    asyncio.get_running_loop().run_in_executor(None, make_ahead, effect.next_plan, seed, dimension)
             case fx.RunFinished():
                 self.finished.set()
             case fx.SteppedDown(detail):
@@ -287,7 +294,7 @@ class ParameterService:
     async def _send_model(self, context: Context) -> None:
         layout, copied = self.machine.layout, self._model_copy()
         if copied is None or layout is None:
-            await self._door.refuse(context, ServerLostError("this server has no model yet"))
+            await self._door.refuse(context, NoModelError("this server has no model yet"))
         position, values = copied
         for start in range(0, values.size, MODEL_CHUNK_VALUES):
             payload = values[start : start + MODEL_CHUNK_VALUES].tobytes()

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from loscar_core.config import PROTOCOL_VERSION
 from loscar_core.server_machine import ServerMachine
+from loscar_server.exchange import Exchange, exchange_of
 from loscar_server.refusals import Refusals
 from loscar_wire._generated import parameter_server_pb2 as pb
 from loscar_wire.pieces import config_to_pb, report_to_pb
+
+MOST_LOOKED_AT = 128
+"""Members whose contribution to the open round is looked at part by part; the loop has other work."""
 
 
 def status_of(
@@ -34,8 +38,13 @@ def status_of(
         bytes_in=bytes_in,
         bytes_out=bytes_out,
         digest=state.digest if state else 0,
+        departed=sum(machine.members.departure_counts.values()),
+        coordinates=machine.round.plan.count if machine.round else 0,
+        heartbeat_s=machine.limits.heartbeat_s,
+        workers_wanted=machine.limits.workers,
     )
-    for m in [*machine.members.workers(), *(o for o in machine.members.by_peer.values() if o.observer)]:
+    everybody = [*machine.members.workers(), *(o for o in machine.members.by_peer.values() if o.observer)]
+    for i, m in enumerate(everybody):
         reply.members.add(
             name=m.name,
             slot=m.slot,
@@ -49,6 +58,10 @@ def status_of(
             overlap_steps=m.overlap_steps,
             report=report_to_pb(m.report),
             observer=m.observer,
+            cycle_s=m.cycle_s,
+            exchange=(exchange_of(m.slot, machine.round) if i < MOST_LOOKED_AT else Exchange.NONE).value,
+            joined_ago_s=now - m.joined_s,
+            stream=m.peer,
         )
     for r in refusals.entries() if refusals is not None else ():
         reply.refusals.add(

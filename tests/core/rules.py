@@ -9,6 +9,7 @@ from chaos import Chaos
 
 from loscar_core import server_lifecycle
 from loscar_core.messages import Answer
+from loscar_core.replica import as_indices
 from loscar_core.server_machine import ServerMachine
 from loscar_core.server_recovery import Choice, Claim
 from loscar_core.state import Included, Lineage
@@ -32,7 +33,7 @@ def commit_by_part(patch: pytest.MonkeyPatch) -> Chaos:
         part = receiving.parts[message.part]
         if self._catching_up is not None or part.statistics or receiving.filled[part.index] < part.size:
             return
-        at = receiving.indices[part.start : part.stop]
+        at = as_indices(receiving.where)[part.start : part.stop]
         old = self.anchor.vector[at].copy()
         self.anchor.vector[at] += receiving.delta[part.start : part.stop]
         receiving.delta[part.start : part.stop] = 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -68,7 +68,13 @@ def test_bad_options_are_refused(text: str, says: str) -> None:
 
 def settled(text: str, *given: str, **values: object) -> RunConfig:
     method = parse_method(text)
-    return RunConfig(**settle(method, asdict(RunConfig()) | values | {"method": method.text()}, given))
+    return RunConfig(
+        **settle(
+            method,
+            {f.name: getattr(RunConfig(), f.name) for f in fields(RunConfig)} | values | {"method": method.text()},
+            given,
+        )
+    )
 
 
 def test_a_method_has_settings_of_its_own_unless_they_are_given() -> None:

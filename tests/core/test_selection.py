@@ -15,9 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from loscar_core import plan as plan_module
 from loscar_core.errors import ConfigError, MalformedError, NonFiniteError
 from loscar_core.permutation import derive_key, permute
-from loscar_core.plan import RoundKind, RoundPlan
+from loscar_core.plan import RoundKind, RoundPlan, is_worth_making_ahead, make_ahead
+from loscar_core.replica import as_indices, size_of
 from loscar_core.selection import (
     BLOCK_SIZE,
     SelectionKind,
@@ -377,3 +379,29 @@ def test_those_who_ask_for_the_same_selection_share_it() -> None:
     np.testing.assert_array_equal(first, select(SelectionKind.RANDOM, 7, 3, 1000, 50))
     assert not np.array_equal(plan.indices(8, 1000), first)
     assert not np.array_equal(replace(plan, round=4).indices(7, 1000), first)
+
+
+def test_the_next_selection_is_there_when_its_round_opens() -> None:
+    plan = RoundPlan(3, RoundKind.TRAIN, SelectionKind.SWEEP, 1 << 14, ValueType.FLOAT32)
+    dimension = 1 << 20
+    assert is_worth_making_ahead(plan)
+    present = plan.indices(11, dimension)
+    make_ahead(plan, 11, dimension)
+    made = plan_module._last_selection.cache_info().misses
+    following = replace(plan, round=4)
+    np.testing.assert_array_equal(
+        following.indices(11, dimension), select(SelectionKind.SWEEP, 11, 4, dimension, 1 << 14)
+    )
+    assert plan.indices(11, dimension) is present
+    assert plan_module._last_selection.cache_info().misses == made, "it was made again"
+    assert not is_worth_making_ahead(replace(plan, count=100))
+    assert not is_worth_making_ahead(replace(plan, selection=SelectionKind.ALL, count=dimension))
+
+
+@pytest.mark.parametrize("kind", [SelectionKind.ALL, SelectionKind.HEAD, SelectionKind.TAIL, SelectionKind.BLOCK])
+def test_a_range_is_the_same_selection(kind: SelectionKind) -> None:
+    plan = RoundPlan(3, RoundKind.TRAIN, kind, 1000 if kind is SelectionKind.ALL else 300, ValueType.FLOAT32)
+    where = plan.where(5, 1000)
+    assert isinstance(where, slice) == (kind is not SelectionKind.BLOCK)
+    np.testing.assert_array_equal(as_indices(where), plan.indices(5, 1000))
+    assert size_of(where) == plan.size(5, 1000)

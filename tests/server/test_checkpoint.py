@@ -691,3 +691,29 @@ def process_of_another_run(folder: Path) -> None:
         ServerProcess(options)
     finally:
         Checkpoints(folder.with_name("copy")).close()
+
+
+def test_what_is_being_written_at_the_end_is_not_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[Position] = []
+    writing, let_go = threading.Event(), threading.Event()
+    real = Checkpoints.write
+
+    def slow(self: Checkpoints, state: SavedState) -> Path:
+        written.append(state.replica.position)
+        writing.set()
+        assert let_go.wait(DEADLINE_S)
+        return real(self, state)
+
+    monkeypatch.setattr(Checkpoints, "write", slow)
+
+    async def scenario() -> None:
+        process = running(tmp_path, 0.001)
+        await process.start()
+        assert await asyncio.to_thread(writing.wait, DEADLINE_S)
+        closing = asyncio.create_task(process.close())
+        await asyncio.wait({closing}, timeout=0.1)  # it is in the middle of closing now, or still before that
+        let_go.set()
+        await asyncio.wait_for(closing, DEADLINE_S)
+
+    asyncio.run(scenario())
+    assert written == [Position(1, 2)]

@@ -18,7 +18,7 @@ import torch
 from processes import wait_until
 
 import loscar_worker as loscar
-import loscar_worker.session
+import loscar_worker.joining
 from loscar_core.config import FinalRound, RunConfig
 from loscar_deploy.audit import Audit, audit
 from loscar_deploy.books import BookedSession, close_books, keep_books
@@ -120,7 +120,7 @@ class Crew:
 def crew_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Crew]:
     """A crew whose sessions keep books, which are all closed at the end."""
     for name in ("WorkerEngine", "Session"):
-        monkeypatch.setattr(loscar_worker.session, name, getattr(loscar_worker.session, name))  # put back at the end
+        monkeypatch.setattr(loscar_worker.joining, name, getattr(loscar_worker.joining, name))  # put back at the end
     keep_books(folder)
     crew = Crew(folder)
     try:

@@ -90,7 +90,7 @@ def test_a_repeated_member_of_the_inclusion_table_is_refused() -> None:
         decoded(state_offer=message)
 
 
-@pytest.mark.parametrize("field", ["idle_s", "run_s"])
+@pytest.mark.parametrize("field", ["idle_s", "run_s", "round_trip_s"])
 def test_a_report_with_a_time_that_is_no_time_is_refused(field: str) -> None:
     with pytest.raises(MalformedError):
         decoded(heartbeat=pb.Heartbeat(report=pb.WorkerReport(**{field: math.inf})))

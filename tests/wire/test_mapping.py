@@ -21,7 +21,7 @@ from loscar_core import messages as m
 from loscar_core import worker_effects as we
 from loscar_core.config import PROTOCOL_VERSION, RunConfig, ServerLimits
 from loscar_core.errors import MalformedError, VersionMismatchError
-from loscar_core.layout import Layout, Segment
+from loscar_core.layout import Layout, Segment, Shard
 from loscar_core.plan import PART_POSITIONS, RoundPlan
 from loscar_core.selection import SelectionKind
 from loscar_core.server_machine import ServerMachine
@@ -77,6 +77,10 @@ def configs() -> st.SearchStrategy[RunConfig]:
     def valid(values: dict[str, Any]) -> RunConfig:
         if values["local_steps"] == 0 and values["overlap_steps"] == 0:
             values["local_steps"] = 1
+        if values["dependent"]:
+            values["shard"] = Shard()
+        if values["shard"].index:
+            values.update(rounds=None, duration_s=None, max_steps=None)
         return RunConfig(**values)
 
     positive = st.floats(1e-6, 1e9)
@@ -110,8 +114,11 @@ def of_type(hint: Any, name: str = "") -> st.SearchStrategy[Any]:
         bool: st.booleans(),
         str: TEXT,
         bytes: st.binary(max_size=16) if name in ("included", "run_id") else st.binary(max_size=64),
+        memoryview: st.binary(max_size=3)
+        | st.integers(4000, 6000).map(lambda n: memoryview(bytes(range(250)) * 24)[:n]),
         type(None): st.none(),
         Layout: layouts(),
+        Shard: st.integers(1, 1024).flatmap(lambda n: st.builds(Shard, st.integers(0, n - 1), st.just(n))),
         Lineage: lineages(),
     }
     if hint in made:
@@ -141,7 +148,7 @@ def message(kind: type) -> st.SearchStrategy[Any]:
     if kind is RoundPlan:
         special = {"count": st.integers(0, 1 << 40)}
     if kind is m.WorkerReport:
-        special = {"idle_s": TIMES, "run_s": TIMES}
+        special = {"idle_s": TIMES, "run_s": TIMES, "round_trip_s": st.none() | TIMES}
     if kind is m.StateOffer:
         special = {"elapsed_s": TIMES}
     if kind is m.OpenRound:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Awaitable, Callable
 
 from loscar_core.errors import MalformedError
-from loscar_wire.outbox import MAX_MESSAGE_BYTES, MAX_URGENT, MIN_MESSAGE_BYTES, Outbox, RateMeter
+from loscar_wire.outbox import MAX_MESSAGE_BYTES, MAX_URGENT, MIN_MESSAGE_BYTES, Later, Outbox, RateMeter
 
 
 def _written(fill: Callable[[Outbox], None], *, close: bool = True) -> list[bytes]:
@@ -151,3 +151,42 @@ def test_a_write_says_since_when_it_is_under_way() -> None:
         writing.cancel()
 
     asyncio.run(run())
+
+
+def test_what_is_encoded_later_is_encoded_when_its_turn_comes() -> None:
+    async def scenario() -> None:
+        outbox = Outbox()
+        made: list[str] = []
+        started, let_go = asyncio.Event(), asyncio.Event()
+        written: list[bytes] = []
+
+        def later(name: str) -> Later:
+            def encode() -> bytes:
+                made.append(name)
+                return name.encode() * 3
+
+            return Later(2, encode)
+
+        async def write(payload: bytes) -> None:
+            written.append(payload)
+            started.set()
+            await let_go.wait()
+
+        for number, name in enumerate("abc"):
+            outbox.put(later(name), round_=number)
+        outbox.put(later("d"), bulk=True)
+        assert outbox.queued_bytes == 8
+        task = asyncio.create_task(outbox.write_all(write, lambda _: None, lambda: None))
+        await started.wait()
+        assert made == ["a"]
+        outbox.discard(1)
+        assert outbox.queued_bytes == 6  # "a" is under way
+        outbox.put(b"now", urgent=True)
+        outbox.close(None)
+        let_go.set()
+        await task
+        assert written == [b"aaa", b"now", b"ccc"]
+        assert made == ["a", "c"]
+        assert outbox.queued_bytes == 0
+
+    asyncio.run(scenario())

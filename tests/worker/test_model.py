@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from loscar_core.errors import ConfigError, ModelChangedError
+from loscar_core.selection import SelectionKind, select
+from loscar_worker import model
 from loscar_worker.model import ModelView
 
 
@@ -174,3 +176,71 @@ def test_models_that_cannot_be_averaged() -> None:
     counted = nn.BatchNorm1d(2)
     with pytest.raises(ConfigError, match="num_batches_tracked has dtype"):
         ModelView(counted, ["num_batches_tracked"])
+
+
+# --- in passes, rows and ranges: the same values as one by one ----------------------------------------------
+
+
+def selections(dimension: int) -> list[tuple[str, np.ndarray | range | None]]:
+    rng = np.random.default_rng(0)
+    some = np.sort(rng.choice(dimension, dimension // 3, replace=False))
+    runs = [select(SelectionKind.BLOCK, 1, r, dimension, dimension // 4) for r in range(1, 30)]
+    last = next(r for r in runs if r[-1] == dimension - 1)  # with the model's last, short run
+    inner = next(r for r in runs if r[-1] != dimension - 1)
+    torn = np.delete(inner, 70)
+    shifted = inner + 1
+    return [
+        ("all", None),
+        ("range", range(5, dimension - 3)),
+        ("some", some),
+        ("runs", inner),
+        ("short run", last),
+        ("torn run", torn),
+        ("shifted runs", shifted),
+        ("one", np.array([dimension - 1])),
+    ]
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32,), (torch.bfloat16,), (torch.float32, torch.bfloat16)], ids=str)
+@pytest.mark.parametrize("kind", [name for name, _ in selections(1000)])
+def test_every_way_to_reach_coordinates_reaches_the_same(
+    dtypes: tuple[torch.dtype, ...], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model, "PASS", 2 * model.RUN)
+    torch.manual_seed(0)
+    module = nn.Module()
+    share = 1000 // len(dtypes)
+    for i, dtype in enumerate(dtypes):
+        module.register_parameter(f"w{i}", nn.Parameter(torch.randn(share, dtype=dtype)))
+    view = ModelView(module)
+    indices = dict(selections(1000))[kind]
+    at = np.arange(1000) if indices is None else np.array(indices)
+    plain = plain_vector(module).numpy()
+    selected = view.select(indices)
+    if len(dtypes) == 1 and kind in ("runs", "short run"):
+        assert isinstance(selected.pieces[0][1], model.Runs), "it is not copied by rows"
+    else:
+        assert not any(isinstance(where, model.Runs) for _, where, _ in selected.pieces)
+    assert selected.size == at.size
+    assert np.array_equal(view.gather(selected).values(), plain[at])
+    copied = view.gather(selected)
+    values = np.random.default_rng(1).normal(size=at.size).astype(np.float32)
+    pieces = view.prepare(selected, values)
+    parts: list[int] = []
+
+    def added(live: Tensor, piece: int, here: slice) -> Tensor:
+        parts.append(live.numel())
+        return live + pieces[piece][here]
+
+    view.change(selected, added)
+    expected = plain.copy()
+    for start, dtype in zip(range(0, 1000, share), dtypes, strict=True):
+        own = (at >= start) & (at < start + share)
+        new = torch.from_numpy(plain[at[own]] + values[own]).to(dtype).float()
+        expected[at[own]] = new.numpy()
+    assert np.array_equal(view.vector(), expected)
+    assert sum(parts) == at.size
+    assert max(parts) <= model.PASS
+    assert np.array_equal(copied.values(), plain[at]), "what was copied out has changed with the model"
+    view.write(selected, view.prepare(selected, plain[at]))
+    assert np.array_equal(view.vector(), plain)

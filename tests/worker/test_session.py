@@ -29,7 +29,8 @@ from loscar_core.errors import (
 from loscar_core.worker_engine import WorkerEngine
 from loscar_worker.background import Background
 from loscar_worker.model import ModelView
-from loscar_worker.session import RoundRecord, Session
+from loscar_worker.round_record import RoundRecord
+from loscar_worker.session import Session
 
 pytestmark = pytest.mark.timeout(100)
 

@@ -16,6 +16,8 @@ import os
 # then. They never use the stream, so gRPC need not prepare for the fork.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
-from loscar_worker.session import RoundRecord, Session, join
+from loscar_worker.joining import join
+from loscar_worker.round_record import RoundRecord
+from loscar_worker.session import Session
 
 __all__ = ["RoundRecord", "Session", "join"]

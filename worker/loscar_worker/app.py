@@ -23,7 +23,9 @@ from loscar_core.methods import parse_method
 from loscar_core.replica import Floats
 from loscar_worker.boundary import TrainingHalf
 from loscar_worker.evaluation import EvaluationWriter, LiveVector
-from loscar_worker.session import RoundRecord, Session, join
+from loscar_worker.joining import join
+from loscar_worker.round_record import RoundRecord
+from loscar_worker.session import Session
 from loscar_worker.state_file import StateSaver, load_state, note_resumption
 from loscar_worker.tasks import Task, load_task
 from loscar_worker.tasks.partition import Batches, partition
@@ -42,7 +44,7 @@ class WorkerOptions:
     """One worker process.
 
     Attributes:
-        servers: "HOST:PORT[,HOST:PORT]".
+        servers: "HOST:PORT[,HOST:PORT]", with ";" between those of several shards.
         task: name or package.module:factory.
         data_dir: where its data are, or None for the default.
         name, slot, token, run_id: see `loscar_worker.join`.
@@ -390,7 +392,6 @@ def _train(
 
 def figures(session: Session, timer: StepTimer) -> dict[str, Any]:
     """What a worker reports at its end."""
-    engine = session.engine
     return {
         "name": session.name,
         "slot": session.slot,
@@ -401,8 +402,8 @@ def figures(session: Session, timer: StepTimer) -> dict[str, Any]:
         "idle_fraction": session.idle_fraction,
         "service_seconds": session.service_s,
         "step_seconds_median": timer.median_s,
-        "bytes_up": engine.bytes_up,
-        "bytes_down": engine.bytes_down,
+        "bytes_up": session.bytes_up,
+        "bytes_down": session.bytes_down,
         "contributions": session.contributions,
         "reconnects": session.reconnects,
     }
@@ -411,7 +412,7 @@ def figures(session: Session, timer: StepTimer) -> dict[str, Any]:
 def save_values(path: Path, session: Session, values: Floats) -> None:
     """Write parameters and statistics under their module names, float32; whole or not at all."""
     tensors, start = {}, 0
-    for segment in (*session.engine.layout.parameters, *session.engine.layout.statistics):
+    for segment in (*session.layout.parameters, *session.layout.statistics):
         if segment.name.startswith(VECTOR_PREFIX):
             continue
         tensors[segment.name] = values[start : start + segment.size].reshape(segment.shape)

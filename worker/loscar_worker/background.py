@@ -31,7 +31,8 @@ from loscar_wire.averages import AverageCall, check_call
 from loscar_worker.averaging import Averaging
 from loscar_worker.connection import Connection, ConnectionOptions
 from loscar_worker.loop import shared_loop
-from loscar_worker.model import HostCopy, ModelView, Selected
+from loscar_worker.model import HostCopy, Selected
+from loscar_worker.model_range import View
 
 log = logging.getLogger("loscar.worker")
 
@@ -85,16 +86,18 @@ class Background:
         view: the model; the background only prepares indices and copies for it.
         options: where to connect.
         report: the worker's figures.
+        changed: what guards the mailbox, shared by those who are waited for together.
     """
 
     def __init__(
         self,
         engine: WorkerEngine,
-        view: ModelView,
+        view: View,
         options: ConnectionOptions,
         report: Callable[[], WorkerReport],
+        changed: threading.Condition | None = None,
     ) -> None:
-        self.mailbox = Mailbox()
+        self.mailbox = Mailbox() if changed is None else Mailbox(changed)
         self.engine = engine
         self.clock: Callable[[], float] = time.monotonic
         self._view = view
@@ -263,8 +266,8 @@ class Background:
         self._publish(updates, **changes)
 
     def _select(self, opened: RoundOpen) -> Selected:
-        indices = opened.indices
-        selected = self._view.select(None if indices.size == self.engine.layout.dimension else indices)
+        where = opened.where
+        selected = self._view.select(range(where.start, where.stop) if isinstance(where, slice) else where)
         self._prepared = (opened.plan.round, selected)
         return selected
 
@@ -280,9 +283,10 @@ class Background:
         return ReadyUpdate(self.clock(), update, selected, anchor, new_anchor, sent)
 
 
-def wait_changed(mailbox: Mailbox, version: int, timeout_s: float) -> float:
-    """Sleep until the mailbox is newer than `version`; returns the seconds waited."""
+def wait_changed(looks: Sequence[tuple[Mailbox, int]], timeout_s: float) -> float:
+    """Sleep until one of the mailboxes, which share a lock, is newer than it was; returns the seconds waited."""
     started = time.monotonic()
-    with mailbox.changed:
-        mailbox.changed.wait_for(lambda: mailbox.version != version, timeout_s)
+    changed = looks[0][0].changed
+    with changed:
+        changed.wait_for(lambda: any(mailbox.version != version for mailbox, version in looks), timeout_s)
     return time.monotonic() - started

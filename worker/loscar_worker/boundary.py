@@ -6,11 +6,12 @@ update that the background has ready, as the pace says; whether to wait, and on 
 
 from __future__ import annotations
 
+import json
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from loscar_core.config import RunConfig
 from loscar_core.errors import ConfigError
-from loscar_core.merge import MergeKind, RejoinKind, merge_pieces, projection
+from loscar_core.merge import RejoinKind, projection
 from loscar_core.messages import WorkerReport
 from loscar_core.methods import Arrival, Merged, Method, parse_method
 from loscar_core.methods.loscar_sgd import LoscarSgd
@@ -29,8 +30,8 @@ from loscar_core.selection import SelectionKind
 from loscar_core.worker_cycle import Action, Cycle, Situation
 from loscar_core.worker_effects import RunEnded
 from loscar_core.worker_engine import WorkerEngine
-from loscar_worker.background import Background, OpenRound, ReadyUpdate
-from loscar_worker.model import ModelView
+from loscar_worker.background import Background, Mailbox, OpenRound, ReadyUpdate
+from loscar_worker.model_range import View
 from loscar_worker.round_record import RoundRecord
 
 log = logging.getLogger("loscar.worker")
@@ -100,7 +101,7 @@ class TrainingHalf:
 
     def __init__(
         self,
-        view: ModelView,
+        view: View,
         background: Background,
         pace: Pace,
         *,
@@ -146,6 +147,10 @@ class TrainingHalf:
     @property
     def engine(self) -> WorkerEngine:
         return self._background.engine
+
+    @property
+    def mailbox(self) -> Mailbox:
+        return self._background.mailbox
 
     def take_over(self) -> None:
         """The model takes over the initial state that the background has ready."""
@@ -233,6 +238,23 @@ class TrainingHalf:
             engine.bytes_down,
         )
 
+    @property
+    def loss(self) -> float | None:
+        """The training loss of the last report; None before the first."""
+        return self._loss
+
+    def exported(self) -> dict[str, Any]:
+        """The engine's state as text and tensors, once what waits to be merged has been."""
+        box = self._background.mailbox
+        while True:
+            while box.updates and not self.finished:
+                self._merge(box.updates[0])
+            exported = self._background.export(self._merged)
+            if exported is not None:
+                values, arrays = exported
+                tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+                return {"worker": json.dumps(values), "arrays": tensors}
+
     def live_values(self) -> Floats:
         """The model's live parameters in logical order, then the statistics; a new float32 array."""
         return np.concatenate([self._view.vector()[: self._view.model_dimension], self._view.statistics()])
@@ -241,9 +263,13 @@ class TrainingHalf:
         """As `live_values`, of the model that went into the final round; of the one that is there without one."""
         return self.live_values() if self._last is None else self._last
 
+    def hurry(self) -> None:
+        """There will be no more steps: this worker takes part in every round at once."""
+        self._cycle.part()
+
     def start_parting(self) -> None:
         """There will be no more steps: what this worker has not contributed yet goes out round by round."""
-        self._cycle.part()
+        self.hurry()
         self._unsent = np.ones(self.engine.layout.dimension, np.bool_)
 
     @property
@@ -380,10 +406,7 @@ class TrainingHalf:
             if self._companion is not None:
                 self._companion.replaced()
         elif update.new_anchor.size and (not self._method.stays or update.progress):
-            with torch.no_grad():
-                live = self._view.read(ready.selected)
-                merged = merge_pieces(MergeKind.DELAY_CORRECTED, live, ready.anchor, ready.new_anchor, ready.sent)
-            self._view.write(ready.selected, merged)
+            self._merge_by(LoscarSgd(), ready)
         if update.statistics is not None:
             self._view.load_statistics(update.statistics)
         own = update.settles is not None
@@ -410,6 +433,9 @@ class TrainingHalf:
 
     def _merge_by_method(self, ready: ReadyUpdate) -> None:
         update = ready.update
+        if self._method.by_coordinate:
+            self._merge_by(self._method, ready)
+            return
         with torch.no_grad():
             arrival = Arrival(
                 self._view.read(ready.selected),
@@ -417,14 +443,27 @@ class TrainingHalf:
                 ready.new_anchor,
                 ready.sent,
                 update.whole,
-                update.new_anchor.size / self.engine.layout.dimension,
-                self._progress_of(update.round),
+                update.new_anchor.size / self._view.whole_dimension,
+                self.progress_of(update.round),
             )
             merged: Merged[Tensor] = self._method.merge(arrival)
         self._view.write(ready.selected, merged.values)
         self._distance = merged.distance
 
-    def _progress_of(self, round_: int) -> float:
+    def _merge_by(self, method: Method, ready: ReadyUpdate) -> None:
+        """Merge by a method for which every coordinate is alone."""
+        update = ready.update
+        fraction = update.new_anchor.size / self._view.whole_dimension
+        progress = 0.0 if update.plan is None else self.progress_of(update.round)
+
+        def merged(live: Tensor, piece: int, here: slice) -> Tensor:
+            sent = None if ready.sent is None else [ready.sent[piece][here]]
+            anchor, new_anchor = [ready.anchor[piece][here]], [ready.new_anchor[piece][here]]
+            return method.merge(Arrival([live], anchor, new_anchor, sent, update.whole, fraction, progress)).values[0]
+
+        self._view.change(ready.selected, merged)
+
+    def progress_of(self, round_: int) -> float:
         """The share of the run that is over after that round, as far as its configuration says; 0 when it does not."""
         config = self.engine.config
         assert config is not None
@@ -469,6 +508,7 @@ class TrainingHalf:
                 self.engine.bytes_up,
                 self.engine.bytes_down,
                 self._distance,
+                self.engine.shard.index,
             )
             self._on_round(record)
         self._distance = None

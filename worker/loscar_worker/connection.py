@@ -11,7 +11,8 @@ import logging
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import grpc
@@ -43,11 +44,12 @@ from loscar_core.messages import (
     WorkerMessage,
     WorkerReport,
 )
-from loscar_core.worker_effects import Dismissed, Emit, RoundTrip, RunEnded, Update, WorkerEffect
+from loscar_core.plan import is_worth_making_ahead, make_ahead
+from loscar_core.worker_effects import Dismissed, Emit, RoundOpen, RoundTrip, RunEnded, Update, WorkerEffect
 from loscar_core.worker_engine import WorkerEngine
 from loscar_core.worker_holdings import MESSAGE_BYTES
 from loscar_wire.mapping import decode_server_message, encode_worker_message
-from loscar_wire.outbox import Outbox
+from loscar_wire.outbox import Later, Outbox
 from loscar_wire.status import from_status
 from loscar_wire.transport import TRAIN, ClientSecurity, call_metadata, channel
 
@@ -134,6 +136,11 @@ class Connection:
                     self._on_effect(effect)
                 case RoundTrip(stamp_ns):
                     self.round_trip_s = (time.monotonic_ns() - stamp_ns) / 1e9
+                case RoundOpen(plan=plan):
+                    self._on_effect(effect)
+                    if is_worth_making_ahead(plan) and self.engine.config is not None:
+                        seed, dimension = self.engine.config.seed, self.engine.layout.dimension
+                        asyncio.get_running_loop().run_in_executor(None, make_ahead, plan, seed, dimension)
                 case Update(round=round_) if round_ > 0:
                     if self._outbox is not None:
                         self._outbox.discard(round_)
@@ -142,7 +149,10 @@ class Connection:
                     self._on_effect(effect)
 
     def send_heartbeat(self) -> None:
-        self._send(self.engine.heartbeat(time.monotonic_ns(), self._report()))
+        self._send(self.engine.heartbeat(time.monotonic_ns(), self._figures()))
+
+    def _figures(self) -> WorkerReport:
+        return replace(self._report(), round_trip_s=self.round_trip_s)
 
     def stop_run(self, why: str) -> None:
         """Ask the server to end the run."""
@@ -151,7 +161,7 @@ class Connection:
     def leave(self, reason: Reason, detail: str = "") -> None:
         """Say goodbye and end `run`."""
         if self._outbox is not None and not self._outbox.closing:
-            self._send(Heartbeat(time.monotonic_ns(), self.engine.anchor.position.round, self._report()))
+            self._send(Heartbeat(time.monotonic_ns(), self.engine.anchor.position.round, self._figures()))
             self._send(Leave(reason, detail))
             self._outbox.close(None)
         self._leaving.set()
@@ -161,7 +171,11 @@ class Connection:
             round_ = message.round if isinstance(message, Contribution) else None
             # What a newcomer gets must not hold up this worker's own contributions.
             bulk = isinstance(message, VectorChunk) and message.purpose is Purpose.PROGRESS
-            payload = encode_worker_message(message)
+            payload: bytes | Later
+            if isinstance(message, (Contribution, VectorChunk)):
+                payload = Later(len(message.values), partial(encode_worker_message, message))
+            else:
+                payload = encode_worker_message(message)
             self._outbox.put(payload, urgent=isinstance(message, Heartbeat), round_=round_, bulk=bulk)
 
     # --- the loop -------------------------------------------------------------------------------------------

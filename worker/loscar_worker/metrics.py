@@ -139,7 +139,7 @@ class WorkerMetrics(Collector):
             outcomes = session.contributions
             position = engine.anchor.position
             round_, epoch = position.round, position.epoch
-            sent, received = engine.bytes_up, engine.bytes_down
+            sent, received = session.bytes_up, session.bytes_down
         yield GaugeMetricFamily("loscar_worker_round", "Last round that this worker has committed.", round_)
         yield GaugeMetricFamily("loscar_worker_epoch", "Server epoch that closed it.", epoch)
         yield self._merge_seconds.family(

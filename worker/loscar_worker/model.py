@@ -9,7 +9,7 @@ float32 and rounded once, on store.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,8 +21,27 @@ from torch.nn.modules.batchnorm import _NormBase
 from loscar_core.errors import ConfigError, ModelChangedError
 from loscar_core.layout import VECTOR_PREFIX, Layout, Segment, offsets
 from loscar_core.replica import Floats, Indices
+from loscar_core.selection import BLOCK_SIZE
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+RUN = BLOCK_SIZE
+"""Coordinates that selections by block take together."""
+
+PASS = 1 << 15
+"""Coordinates that are merged at a time where the model is in the host's memory: what has been read is still in the
+cache when it is written."""
+
+
+@dataclass(frozen=True, slots=True)
+class Runs:
+    """Whole runs of `RUN` coordinates of a storage, by their numbers: a gather that copies rows."""
+
+    numbers: Tensor
+
+
+Where = Tensor | slice | Runs
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,13 +49,13 @@ class Selected:
     """A selection prepared for gathers and scatters; made off the training thread.
 
     Attributes:
-        indices: the logical coordinates, or None for all of them.
-        pieces: per storage: its number, storage indices on its device (None: its whole range, in order), and where
-            its coordinates stand among the selected ones (None: they are all there are).
+        size: number of coordinates.
+        pieces: per storage: its number, storage indices on its device (or a range or runs of them), and where its
+            coordinates stand among the selected ones (None: they are all there are).
     """
 
-    indices: Indices | None
-    pieces: tuple[tuple[int, Tensor | None, Tensor | None], ...]
+    size: int
+    pieces: tuple[tuple[int, Where, Tensor | slice | None], ...]
 
 
 class ModelView:
@@ -51,6 +70,7 @@ class ModelView:
     Attributes:
         vectors: the names of the vectors.
         model_dimension: coordinates of the module itself, without the vectors.
+        whole_dimension: with them.
 
     Raises:
         ConfigError: nothing is trainable, or a name or dtype does not fit.
@@ -66,6 +86,7 @@ class ModelView:
                 raise ConfigError(f"parameter {name} has dtype {parameter.dtype}, which cannot be averaged")
         self.vectors = tuple(vectors or ())
         self.model_dimension = sum(p.numel() for _, p in named)
+        self.whole_dimension = self.model_dimension + sum(v.numel() for v in (vectors or {}).values())
         for name, vector in (vectors or {}).items():
             if vector.dtype is not torch.float32 or vector.requires_grad:
                 raise ConfigError(f"vector {name} has to be float32 and without a gradient")
@@ -113,12 +134,15 @@ class ModelView:
 
     # --- selections -----------------------------------------------------------------------------------------
 
-    def select(self, indices: Indices | None) -> Selected:
-        """Prepare a selection: split it by storage and move it to the devices."""
+    def select(self, indices: Indices | range | None) -> Selected:
+        """Prepare a selection (all coordinates, a range, or explicit ones): split it by storage, move it to the
+        devices."""
+        span = range(self.layout.dimension) if indices is None else indices
         if len(self.storages) == 1:
-            where = None if indices is None else self._to_device(indices, self.storages[0].device)
-            return Selected(indices, ((0, where, None),))
-        logical = np.arange(self.layout.dimension) if indices is None else indices
+            if isinstance(span, range):
+                return Selected(len(span), ((0, slice(span.start, span.stop), None),))
+            return Selected(span.size, self._in_runs(span) or ((0, self._to_device(span, self._device), None),))
+        logical = np.arange(span.start, span.stop) if isinstance(span, range) else span
         segment = np.searchsorted(self._starts, logical, side="right") - 1
         storage_of = self._segment_storage[segment]
         local = logical + self._segment_shift[segment]
@@ -128,7 +152,27 @@ class ModelView:
             if among.size:
                 where = self._to_device(local[among], storage.device)
                 pieces.append((number, where, torch.from_numpy(among)))
-        return Selected(indices, tuple(pieces))
+        return Selected(logical.size, tuple(pieces))
+
+    @property
+    def _device(self) -> torch.device:
+        return self.storages[0].device
+
+    def _in_runs(self, indices: Indices) -> tuple[tuple[int, Where, slice | None], ...] | None:
+        """The pieces of a selection of whole runs, of which only the model's last may be short; None for any other."""
+        whole = indices.size // RUN * RUN
+        starts, ends = indices[:whole:RUN], indices[RUN - 1 : whole : RUN]
+        # Ascending: a run whose ends are as far apart as they should be has everything in between.
+        if whole == 0 or (starts % RUN).any() or not np.array_equal(ends - starts, np.full(starts.size, RUN - 1)):
+            return None
+        runs = Runs(self._to_device(starts // RUN, self._device))
+        if whole == indices.size:
+            return ((0, runs, None),)
+        rest = indices[whole:]
+        if rest[-1] - rest[0] != rest.size - 1:
+            return None
+        short = slice(int(rest[0]), int(rest[-1]) + 1)
+        return ((0, runs, slice(0, whole)), (0, short, slice(whole, indices.size)))
 
     @staticmethod
     def _to_device(indices: NDArray[np.int64], device: torch.device) -> Tensor:
@@ -141,18 +185,21 @@ class ModelView:
         copies = []
         with torch.no_grad():
             for number, where, among in selected.pieces:
-                storage = self.storages[number]
-                values = storage.clone() if where is None else storage.index_select(0, where)
+                values = _read(self.storages[number], where)
+                if isinstance(where, slice):
+                    values = values.clone()
                 copies.append((_to_host(values.float()), among))
-        size = self.layout.dimension if selected.indices is None else selected.indices.size
-        return HostCopy(copies, size)
+        return HostCopy(copies, selected.size)
 
     def prepare(self, selected: Selected, values: Floats) -> list[Tensor]:
         """Move K float32 values to where the selection lives, one tensor a piece; off the training thread."""
         source = torch.from_numpy(values)
         moved = []
         for number, _, among in selected.pieces:
-            piece = source if among is None else source.index_select(0, among)
+            if among is None:
+                piece = source
+            else:
+                piece = source[among] if isinstance(among, slice) else source.index_select(0, among)
             device = self.storages[number].device
             moved.append(piece if device.type != "cuda" else self._upload(piece, device))
         return moved
@@ -172,20 +219,30 @@ class ModelView:
         """The selected values as float32 where they live, one tensor a piece."""
         self.check_unchanged()
         with torch.no_grad():
-            return [
-                self.storages[number].float() if where is None else self.storages[number].index_select(0, where).float()
-                for number, where, _ in selected.pieces
-            ]
+            return [_read(self.storages[number], where).float() for number, where, _ in selected.pieces]
 
     def write(self, selected: Selected, values: list[Tensor]) -> None:
         """Store values, rounding to each storage's dtype."""
         with torch.no_grad():
             for (number, where, _), piece in zip(selected.pieces, values, strict=True):
-                storage = self.storages[number]
-                if where is None:
-                    storage.copy_(piece)
-                else:
-                    storage.index_copy_(0, where, piece.to(storage.dtype))
+                _write(self.storages[number], where, piece)
+
+    def change(self, selected: Selected, new: Callable[[Tensor, int, slice], Tensor]) -> None:
+        """Read, compute and write, `PASS` coordinates at a time.
+
+        Args:
+            new: of live values (float32 where they live), the number of their piece, and which of that piece's values
+                they are, gives the values that take their place.
+        """
+        self.check_unchanged()
+        with torch.no_grad():
+            for piece, (number, where, _) in enumerate(selected.pieces):
+                storage, size = self.storages[number], _size(where)
+                step = PASS if storage.device.type == "cpu" else max(1, size)
+                for start in range(0, size, step):
+                    here = slice(start, min(start + step, size))
+                    part = _part(where, here)
+                    _write(storage, part, new(_read(storage, part).float(), piece, here))
 
     # --- whole states ---------------------------------------------------------------------------------------
 
@@ -218,7 +275,7 @@ class ModelView:
 class HostCopy:
     """Values on their way to the host."""
 
-    def __init__(self, copies: list[tuple[_Copy, Tensor | None]], size: int) -> None:
+    def __init__(self, copies: list[tuple[_Copy, Tensor | slice | None]], size: int) -> None:
         self._copies = copies
         self._size = size
 
@@ -229,7 +286,7 @@ class HostCopy:
         out = np.empty(self._size, np.float32)
         for copy, among in self._copies:
             assert among is not None
-            out[among.numpy()] = copy.array()
+            out[among if isinstance(among, slice) else among.numpy()] = copy.array()
         return out
 
 
@@ -243,6 +300,41 @@ class _Copy:
             self.event.synchronize()
         array: Floats = self.host.numpy()
         return array
+
+
+def _read(storage: Tensor, where: Where) -> Tensor:
+    """Values in the storage's dtype; for a range a view."""
+    if isinstance(where, Runs):
+        return _rows(storage).index_select(0, where.numbers).view(-1)
+    return storage[where] if isinstance(where, slice) else storage.index_select(0, where)
+
+
+def _write(storage: Tensor, where: Where, values: Tensor) -> None:
+    if isinstance(where, Runs):
+        _rows(storage).index_copy_(0, where.numbers, values.to(storage.dtype).view(-1, RUN))
+    elif isinstance(where, slice):
+        storage[where].copy_(values)
+    else:
+        storage.index_copy_(0, where, values.to(storage.dtype))
+
+
+def _rows(storage: Tensor) -> Tensor:
+    return storage[: storage.numel() // RUN * RUN].view(-1, RUN)
+
+
+def _size(where: Where) -> int:
+    if isinstance(where, Runs):
+        return where.numbers.numel() * RUN
+    return int(where.stop - where.start) if isinstance(where, slice) else where.numel()
+
+
+def _part(where: Where, here: slice) -> Where:
+    """Some of a piece's coordinates; of runs whole ones."""
+    if isinstance(where, Runs):
+        return Runs(where.numbers[here.start // RUN : here.stop // RUN])
+    if isinstance(where, slice):
+        return slice(where.start + here.start, where.start + here.stop)
+    return where[here]
 
 
 def _to_host(values: Tensor) -> _Copy:

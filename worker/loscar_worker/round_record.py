@@ -24,6 +24,7 @@ class RoundRecord:
         included: the contribution is in the average.
         bytes_up, bytes_down: payload so far.
         distance: to the average just after the merge, for methods that hold one (`dppf`); else None.
+        shard: which of the servers' rounds it was.
     """
 
     round: int
@@ -41,3 +42,4 @@ class RoundRecord:
     bytes_up: int
     bytes_down: int
     distance: float | None = None
+    shard: int = 0

@@ -13,17 +13,16 @@ import json
 import logging
 import math
 import os
-import socket
+import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from loscar_core.errors import (
     ConfigError,
@@ -34,29 +33,37 @@ from loscar_core.errors import (
     SessionFailedError,
 )
 from loscar_core.gathering import Answer
-from loscar_core.merge import RejoinKind, parse_rejoin
+from loscar_core.layout import Layout
+from loscar_core.merge import RejoinKind
 from loscar_core.messages import Reason
+from loscar_core.replica import Floats
 from loscar_core.worker_cycle import Action
+from loscar_core.worker_effects import RunEnded
 from loscar_core.worker_engine import WorkerEngine
 from loscar_core.worker_state import import_worker
-from loscar_wire.transport import ClientSecurity, parse_address
-from loscar_worker.background import Background, wait_changed
-from loscar_worker.boundary import Companion, Pace, TrainingHalf, cycle_of
-from loscar_worker.connection import ConnectionOptions
+from loscar_worker.background import Background, Mailbox, wait_changed
+from loscar_worker.boundary import Pace, TrainingHalf
+from loscar_worker.connection import Connection, ConnectionOptions
+from loscar_worker.further_shard import FurtherShard
 from loscar_worker.model import ModelView
+from loscar_worker.model_range import ModelRange, View
 from loscar_worker.round_record import RoundRecord
 
 log = logging.getLogger("loscar.worker")
 
 WAIT_SLICE_S = 1.0
 AVERAGE_SLICE_S = 0.1
+WELCOME_SLICE_S = 0.02
 
 
 class Session(TrainingHalf):
     """One worker's membership of a run; made by `join`, closed by `with` or `close`.
 
+    Where the model is spread over several servers, it is shard 0's training half, and has those of the others.
+
     Attributes:
         name: this worker's name.
+        further: the shards beyond the first.
         slot: its place in the run.
         service_s: seconds that `step` took of the training thread, waits apart.
     """
@@ -64,17 +71,19 @@ class Session(TrainingHalf):
     def __init__(
         self,
         view: ModelView,
-        engine: WorkerEngine,
-        options: ConnectionOptions,
+        shards: Sequence[tuple[WorkerEngine, ConnectionOptions]],
         pace: Pace,
         *,
         on_round: Callable[[RoundRecord], None] | None = None,
         on_evaluation: Callable[[TrainingHalf, int], None] | None = None,
         rejoin: RejoinKind = RejoinKind.PROJECT,
     ) -> None:
-        background = Background(engine, view, options, self.report)
+        changed = threading.Condition()
+        engine, options = shards[0]
+        part: View = view if len(shards) == 1 else ModelRange(view, engine.shard)
+        background = Background(engine, part, options, self.report, changed)
         super().__init__(
-            view,
+            part,
             background,
             pace,
             clock=time.monotonic,
@@ -82,8 +91,23 @@ class Session(TrainingHalf):
             on_evaluation=on_evaluation,
             rejoin=rejoin,
         )
+        self.further = tuple(
+            FurtherShard(
+                self,
+                ModelRange(view, engine.shard),
+                engine,
+                options,
+                pace,
+                changed,
+                clock=time.monotonic,
+                on_round=on_round,
+                rejoin=rejoin,
+            )
+            for engine, options in shards[1:]
+        )
         self.name = engine.name
         self.service_s = 0.0
+        self._whole = view
         self._pid = os.getpid()
         self._asked_to_stop = False
         self._interrupted = False
@@ -94,30 +118,39 @@ class Session(TrainingHalf):
 
     def _join(self) -> None:
         """Connect, take over the initial model, wait for t = 0."""
-        box = self._background.mailbox
+        halves: tuple[TrainingHalf, ...] = (self, *self.further)
         resumed = self.engine.initialised
         self._background.start()
         atexit.register(self.close)
         try:
+            if self.further:
+                self._wait_for(lambda: self.engine.welcome is not None, WELCOME_SLICE_S)
+            for shard in self.further:
+                shard.start()
             if not resumed:
-                self._wait_for(lambda: box.initial is not None)
-                self.take_over()
-            self._wait_for(lambda: box.open is not None or box.ended is not None)
-            self.begin()
+                self._wait_for(lambda: all(half.mailbox.initial is not None for half in halves))
+                for half in halves:
+                    half.take_over()
+            boxes = [half.mailbox for half in halves]
+            self._wait_for(lambda: all(box.open is not None or box.ended is not None for box in boxes))
+            for half in halves:
+                half.begin()
             # With N = 0 the first snapshot is due before the first step.
             self._synchronise()
         except BaseException as error:
             self.close(*_why(error))
             raise
 
-    def _wait_for(self, ready: Callable[[], bool]) -> None:
-        box = self._background.mailbox
+    def _wait_for(self, ready: Callable[[], bool], slice_s: float = WAIT_SLICE_S) -> None:
+        backgrounds = (self._background, *(shard.background for shard in self.further))
         while True:
-            version = box.version  # before looking: what comes in between ends the wait
-            self._background.raise_failure()
+            # Before looking: what comes in between ends the wait.
+            looks = [(background.mailbox, background.mailbox.version) for background in backgrounds]
+            for background in backgrounds:
+                background.raise_failure()
             if ready():
                 return
-            wait_changed(box, version, WAIT_SLICE_S)
+            wait_changed(looks, slice_s)
 
     # --- training -------------------------------------------------------------------------------------------
 
@@ -162,10 +195,41 @@ class Session(TrainingHalf):
     def _synchronise(self) -> None:
         """Everything that is due at this boundary, waiting where the pace says so."""
         while True:
-            action, version = self.advance()
+            action, looks = self._advance_all()
             if action is Action.TRAIN or self._interrupted:
                 return
-            self.note_wait(wait_changed(self._background.mailbox, version, WAIT_SLICE_S))
+            self.note_wait(wait_changed(looks, WAIT_SLICE_S))
+
+    def _advance_all(self) -> tuple[Action, list[tuple[Mailbox, int]]]:
+        """Merge and snapshot what is due on all shards; WAIT when one of them has to."""
+        action, version = self.advance()
+        looks = [(self.mailbox, version)]
+        for shard in self.further:
+            own, version = shard.advance()
+            looks.append((shard.mailbox, version))
+            if own is Action.WAIT and not self.finished:
+                action = own
+                self._final_now = self._final_now or shard.in_final_round
+        return action, looks
+
+    def note_step(self) -> None:
+        super().note_step()
+        for shard in self.further:
+            shard.note_step()
+
+    def _end(self, ended: RunEnded) -> None:
+        """The run is over for shard 0, and so it is for the others: they are told, and their last rounds waited for."""
+        for shard in self.further:
+            shard.stop("the run is over at shard 0")
+            shard.hurry()
+        while not self._interrupted:
+            looks = [(shard.mailbox, shard.advance()[1]) for shard in self.further]
+            if all(shard.finished for shard in self.further):
+                break
+            wait_changed(looks, WAIT_SLICE_S)
+        for shard in self.further:
+            shard.settle()
+        super()._end(ended)
 
     # --- one-off averages ---------------------------------------------------------------------------------------
 
@@ -239,17 +303,48 @@ class Session(TrainingHalf):
 
     @property
     def reconnects(self) -> int:
-        return self._background.connection.reconnects
+        return sum(connection.reconnects for connection in self._connections)
 
     @property
     def connected(self) -> bool:
-        """A server has welcomed this worker on a stream that is still open."""
-        return self._background.connection.connected
+        """A server, and that of every shard, has welcomed this worker on a stream that is still open."""
+        return all(connection.connected for connection in self._connections)
 
     @property
     def round_trip_s(self) -> float | None:
-        """Of the last heartbeat that was answered; None before."""
-        return self._background.connection.round_trip_s
+        """Of the last heartbeat that was answered; None before. Of several shards the longest."""
+        known = [c.round_trip_s for c in self._connections if c.round_trip_s is not None]
+        return max(known, default=None)
+
+    @property
+    def _connections(self) -> list[Connection]:
+        return [self._background.connection, *(shard.connection for shard in self.further)]
+
+    @property
+    def layout(self) -> Layout:
+        """The whole model's."""
+        return self._whole.layout
+
+    @property
+    def bytes_up(self) -> int:
+        """Payload sent so far, to all shards."""
+        return sum(half.engine.bytes_up for half in (self, *self.further))
+
+    @property
+    def bytes_down(self) -> int:
+        """Payload received so far, from all shards."""
+        return sum(half.engine.bytes_down for half in (self, *self.further))
+
+    @property
+    def contributions(self) -> dict[str, int]:
+        """The ledgers' counters, of all shards together: sent = included + returned + outstanding."""
+        counts = super().contributions
+        for shard in self.further:
+            counts = {name: count + shard.contributions[name] for name, count in counts.items()}
+        return counts
+
+    def live_values(self) -> Floats:
+        return np.concatenate([self._whole.vector()[: self._whole.model_dimension], self._whole.statistics()])
 
     # --- saving ---------------------------------------------------------------------------------------------
 
@@ -260,22 +355,35 @@ class Session(TrainingHalf):
         model and anchor belong together. Optimizer and data position are the caller's to save beside it. Holds
         tensors, numbers and text only, so `torch.save` and `torch.load(weights_only=True)` take it.
         """
-        while True:
-            box = self._background.mailbox
-            while box.updates and not self.finished:
-                self._merge(box.updates[0])
-            exported = self._background.export(self._merged)
-            if exported is not None:
-                break
-        values, arrays = exported
+        first, *further = [half.exported() for half in (self, *self.further)]
         return {
-            "worker": json.dumps(values),
-            "arrays": {name: torch.from_numpy(array) for name, array in arrays.items()},
-            "live": torch.from_numpy(self._view.vector().copy()),
-            "live_statistics": torch.from_numpy(self._view.statistics().copy()),
+            **first,
+            "further": further,
+            "live": torch.from_numpy(self._whole.vector().copy()),
+            "live_statistics": torch.from_numpy(self._whole.statistics().copy()),
             "steps": self.steps,
             "averages": self._averages,
         }
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Come back as the worker whose `state_dict` it is; before joining.
+
+        Raises:
+            ConfigError: it is not one, or of a run that is spread otherwise.
+        """
+        try:
+            kept = [state, *state.get("further", ())]
+            if len(kept) != 1 + len(self.further):
+                raise ConfigError(f"the state is of a run over {len(kept)} shards, not {1 + len(self.further)}")
+            for half, values in zip((self, *self.further), kept, strict=True):
+                arrays = {name: tensor.numpy() for name, tensor in values["arrays"].items()}
+                import_worker(half.engine, json.loads(values["worker"]), arrays)
+            self._whole.load_vector(state["live"].numpy())
+            self._whole.load_statistics(state["live_statistics"].numpy())
+            self.name, self.steps = self.engine.name, state["steps"]
+            self._averages = state.get("averages", 0)
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise ConfigError(f"state is not what Session.state_dict gave: {error!r}") from None
 
     # --- the end --------------------------------------------------------------------------------------------
 
@@ -297,14 +405,17 @@ class Session(TrainingHalf):
         Raises:
             LoscarError: as `step`.
         """
-        self.start_parting()
+        halves: tuple[TrainingHalf, ...] = (self, *self.further)
+        for half in halves:
+            half.start_parting()
         end = time.monotonic() + timeout_s
         while True:
-            _, version = self.advance()
+            _, looks = self._advance_all()
             left = end - time.monotonic()
-            if self.parted or left <= 0:
-                return self.parted
-            wait_changed(self._background.mailbox, version, min(left, WAIT_SLICE_S))
+            parted = self.finished or all(half.parted for half in halves)
+            if parted or left <= 0:
+                return parted
+            wait_changed(looks, min(left, WAIT_SLICE_S))
 
     def close(self, reason: Reason | None = None, detail: str = "") -> None:
         """Leave the run. Safe to call twice; the model stays as it is."""
@@ -315,8 +426,9 @@ class Session(TrainingHalf):
         if reason is None:
             reason = Reason.FINISHED if self.finished else Reason.LEFT
         # A background that died has been reported by step(); closing must not hide that error.
-        with contextlib.suppress(Exception):
-            self._background.close(reason, detail)
+        for background in (*(shard.background for shard in self.further), self._background):
+            with contextlib.suppress(Exception):
+                background.close(reason, detail)
 
     def __enter__(self) -> Self:
         return self
@@ -330,110 +442,3 @@ def _why(error: BaseException | None) -> tuple[Reason | None, str]:
     if error is None or isinstance(error, KeyboardInterrupt):
         return None, ""
     return Reason.FAILED, f"{type(error).__name__}: {error}"[:500]
-
-
-def default_name() -> str:
-    """A name that is this process's own: host and process id."""
-    return f"{socket.gethostname()}-{os.getpid()}"
-
-
-def join(
-    servers: str | Sequence[str],
-    model: nn.Module,
-    *,
-    token: str | None = None,
-    name: str | None = None,
-    slot: int | None = None,
-    run_id: bytes = b"",
-    local_steps: int | str | None = None,
-    sync_interval_s: float | None = None,
-    overlap_steps: int | str | None = None,
-    statistics: Iterable[str] = (),
-    tls_ca: Path | str | None = None,
-    tls_cert: Path | str | None = None,
-    tls_key: Path | str | None = None,
-    connect_timeout_s: float = 60.0,
-    server_timeout_s: float = 600.0,
-    on_round: Callable[[RoundRecord], None] | None = None,
-    on_evaluation: Callable[[TrainingHalf, int], None] | None = None,
-    rejoin: str = "project",
-    state: Mapping[str, Any] | None = None,
-    vectors: Mapping[str, Tensor] | None = None,
-    companion: Companion | None = None,
-) -> Session:
-    """Join a run: the model takes over the run's state, and its parameters become views of flat storage.
-
-    Returns when the run has started. Move or cast the model before, never after; make the optimizer before or
-    after, as you like.
-
-    Args:
-        servers: "HOST:PORT", several separated by commas or as a sequence (tried in turn).
-        model: any module; its trainable parameters are averaged.
-        token: the run's token; defaults to the environment's LOSCAR_TOKEN.
-        name: this worker's name, unique in the run; defaults to host and process id.
-        slot: a fixed place in the sums, or None for the smallest free one.
-        run_id: 16 bytes, to insist on one run.
-        local_steps, sync_interval_s, overlap_steps: see `Pace`.
-        statistics: further buffers to average as absolute values; normalisation layers' are found.
-        tls_ca, tls_cert, tls_key: PEM files; TLS is on when `tls_ca` is given.
-        connect_timeout_s: how long to look for a server.
-        server_timeout_s: how long the server may stay away later, while training goes on.
-        on_round: called in the training thread after every merge.
-        rejoin: what becomes of own unsent progress after an absence of more than 1/density rounds: `project`
-            leaves out what the others have done too, `keep` and `drop` say it all.
-        state: from `Session.state_dict`: come back as the worker that saved it (its name and slot count), with its
-            parameters and its unsent progress.
-        on_evaluation: called right after an evaluation round was merged, with the session and the round.
-        vectors: float32 vectors that are averaged along with the model, by name; they are re-seated like parameters.
-        companion: a method's part of the training around averages, such as `MixVrOptimizer`.
-
-    Raises:
-        ConfigError: something about the arguments or the model.
-        ConnectError: no server in time.
-        WrongModelError, WrongRunError, VersionMismatchError, AuthenticationError, RefusedError: the server
-            does not take this worker.
-    """
-    targets = tuple(s.strip() for s in (servers.split(",") if isinstance(servers, str) else servers))
-    for target in targets:
-        parse_address(target, "server")
-    if not targets:
-        raise ConfigError("no server given")
-    security = ClientSecurity(
-        token if token is not None else os.environ.get("LOSCAR_TOKEN"),
-        Path(tls_ca) if tls_ca else None,
-        Path(tls_cert) if tls_cert else None,
-        Path(tls_key) if tls_key else None,
-    )
-    pace = Pace(local_steps, sync_interval_s, overlap_steps)
-    cycle_of(pace, 1, 1.0, None, 0.0)
-    view = ModelView(model, statistics, vectors)
-    engine = WorkerEngine(
-        default_name() if name is None else name,
-        os.urandom(16),
-        view.layout,
-        view.vector(),
-        view.statistics(),
-        run_id=run_id,
-        slot=slot,
-    )
-    options = ConnectionOptions(targets, security, connect_timeout_s, server_timeout_s)
-    session = Session(
-        view, engine, options, pace, on_round=on_round, on_evaluation=on_evaluation, rejoin=parse_rejoin(rejoin)
-    )
-    if companion is not None:
-        session.follow(companion)
-    if state is not None:
-        try:
-            arrays = {name: tensor.numpy() for name, tensor in state["arrays"].items()}
-            import_worker(engine, json.loads(state["worker"]), arrays)
-            view.load_vector(state["live"].numpy())
-            view.load_statistics(state["live_statistics"].numpy())
-            session.name, session.steps = engine.name, state["steps"]
-            session._averages = state.get("averages", 0)
-        except (AttributeError, LookupError, TypeError, ValueError) as error:
-            raise ConfigError(f"state is not what Session.state_dict gave: {error!r}") from None
-    session._join()
-    return session
-
-
-__all__ = ["Pace", "RoundRecord", "ServerLostError", "Session", "default_name", "join"]

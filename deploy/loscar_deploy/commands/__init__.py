@@ -6,13 +6,13 @@ Each module has a `declare(command)` that the parser calls. Commands import what
 
 from __future__ import annotations
 
-import json
 import os
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from typing import Any
 
 from loscar_core.errors import ConfigError
+from loscar_deploy.strict_json import dumps
 
 Handler = Callable[[Namespace], int]
 """Does a command's work; returns its exit code."""
@@ -22,7 +22,7 @@ Declare = Callable[[str, Handler, str], ArgumentParser]
 
 
 def print_json(value: Any) -> None:
-    print(json.dumps(value), flush=True)
+    print(dumps(value), flush=True)
 
 
 def quiet_grpc() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from importlib.util import find_spec
 
 from loscar_core.errors import ConfigError
 from loscar_deploy import options as o
@@ -12,6 +13,10 @@ from loscar_deploy.commands import Declare, quiet_grpc, require_torch
 def _loadtest(args: Namespace) -> int:
     quiet_grpc()
     require_torch()
+    if find_spec("psutil") is None and (args.server is None or not args.no_reference):
+        raise ConfigError(
+            "this load test needs the psutil package: pip install psutil, or give --server and --no-reference"
+        )
     import uvloop
 
     from loscar_core.selection import SelectionKind

@@ -1,9 +1,10 @@
-"""The members of a run, each by itself: server, worker, a look at them, and a link between them."""
+"""The members of a run, each by itself: server, worker, a look at them, their model, and a link between them."""
 
 from __future__ import annotations
 
 import argparse
 import logging
+import signal
 from argparse import Namespace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ _MOST_SLOTS = 1 << 32  # the wire's; a server's own limit is --max-members
 _MOST_THREADS = 4096
 _METRICS = "serve Prometheus metrics here; port 0 takes a free one"
 _DASHBOARD = "serve a page that shows the run here; port 0 takes a free one"
+_PAUSES = ("none", "term", "hup", "usr1")
 _LOG_FORMAT = "text, JSON lines, or auto: JSON lines where standard error is no terminal"
 
 
@@ -55,9 +57,12 @@ def _server(args: Namespace) -> int:
             average_bytes=o.whole("--max-average-bytes", args.max_average_bytes, 0),
         ),
         events=args.events,
+        pause_on=None if args.pause_on == "none" else signal.Signals[f"SIG{args.pause_on.upper()}"],
     )
     if args.resume and args.checkpoints is None:
         raise ConfigError("--resume needs --checkpoints: the folder to go on from")
+    if config.shard.count > 1 and (server.run_id is None or workers is None):
+        raise ConfigError("--shard needs --run-id and --workers, the same for all shards: they are one run's")
     if server.run_id is not None:
         logs.know(run_id=run_id_bytes(server.run_id).hex())
 
@@ -87,8 +92,9 @@ def _server(args: Namespace) -> int:
                 also += "" if dashboard is None else f", dashboard at {dashboard.url}"
                 print(f"listening on {told['listening']}, run {told['run_id']}{also}", flush=True)
 
-        uvloop.run(serve(server, ready, metrics))
-    return 0
+        paused = uvloop.run(serve(server, ready, metrics))
+    # As if by the signal itself: a script, or whoever watches over the process, sees that the run is not over.
+    return 0 if paused is None else 128 + paused
 
 
 def _worker(args: Namespace) -> int:
@@ -99,7 +105,8 @@ def _worker(args: Namespace) -> int:
     from loscar_deploy.metrics_endpoint import metrics_at
     from loscar_server.app import run_id_bytes
     from loscar_worker.app import WorkerOptions, run_worker
-    from loscar_worker.session import Session, default_name
+    from loscar_worker.joining import default_name
+    from loscar_worker.session import Session
 
     if args.download:
         download(args)
@@ -170,8 +177,32 @@ def _status(args: Namespace) -> int:
     import uvloop
 
     from loscar_deploy.status import show_status
+    from loscar_deploy.writers import check as check_writers
 
-    return uvloop.run(show_status(args.server, o.client_security(args), as_json=args.json, watch=args.watch))
+    if not args.watch and (args.writer or args.out is not None):
+        raise ConfigError("--writer and --out need --watch: a single look makes no curve")
+    if args.out is not None and not args.writer:
+        raise ConfigError("--out is for the files of --writer: give one")
+    check_writers(args.writer or ())
+    return uvloop.run(
+        show_status(
+            args.server,
+            o.client_security(args),
+            as_json=args.json,
+            watch=args.watch,
+            writers=args.writer or (),
+            out=args.out,
+        )
+    )
+
+
+def _fetch(args: Namespace) -> int:
+    quiet_grpc()
+    import uvloop
+
+    from loscar_deploy.fetch import fetch
+
+    return uvloop.run(fetch(args.server, o.client_security(args), args.out, as_json=args.json))
 
 
 def _link(args: Namespace) -> int:
@@ -185,6 +216,7 @@ def declare(command: Declare) -> None:
     server = command("server", _server, "one parameter server")
     server.add_argument("--listen", metavar="HOST:PORT", default="127.0.0.1:50051")
     server.add_argument("--run-id", metavar="ID", help="name of the run (default: a new one)")
+    server.add_argument("--shard", metavar="K/N", help="average only this one of N ranges of the model, K from 0 on")
     server.add_argument("--workers", metavar="N", help="round 1 waits for so many workers")
     server.add_argument("--linger", metavar="TIME", default="5m", help="serve the final model so long after the end")
     server.add_argument("--json", action="store_true", help="say where it listens as JSON")
@@ -192,13 +224,21 @@ def declare(command: Declare) -> None:
     server.add_argument("--dashboard", metavar="HOST:PORT", help=_DASHBOARD)
     server.add_argument("--log-format", default="text", choices=logs.FORMATS, help=_LOG_FORMAT)
     server.add_argument("--events", metavar="FILE", type=Path, help="append a JSON line for every event and round")
+    server.add_argument(
+        "--pause-on", default="none", choices=_PAUSES, help="a signal that stops the server and not its run"
+    )
     o.add_run(server)
     o.add_limits(server)
     o.add_protection(server)
     o.add_server_security(server)
 
     worker = command("worker", _worker, "one worker")
-    worker.add_argument("--server", metavar="HOST:PORT[,HOST:PORT]", default="127.0.0.1:50051")
+    worker.add_argument(
+        "--server",
+        metavar="HOST:PORT[,HOST:PORT][;…]",
+        default="127.0.0.1:50051",
+        help="tried in turn; with ; between the servers of several shards, in order",
+    )
     worker.add_argument("--name", help="unique in the run (default: host and process id)")
     worker.add_argument("--slot", metavar="N", help="a fixed place in the sums")
     worker.add_argument("--run-id", metavar="ID", help="insist on this run")
@@ -234,7 +274,17 @@ def declare(command: Declare) -> None:
     status.add_argument("--server", metavar="HOST:PORT", default="127.0.0.1:50051")
     status.add_argument("--watch", action="store_true", help="keep showing it")
     status.add_argument("--json", action="store_true")
+    o.add_writers(status)
+    status.add_argument(
+        "--out", metavar="DIR", type=Path, help="where the writers write (default: runs/ and the run's id)"
+    )
     o.add_client(status)
+
+    fetch = command("fetch", _fetch, "the model of a running server, or of one whose run is over, as a file")
+    fetch.add_argument("--server", metavar="HOST:PORT", default="127.0.0.1:50051")
+    fetch.add_argument("--out", metavar="FILE", type=Path, default=Path("model.safetensors"), help="write it here")
+    fetch.add_argument("--json", action="store_true")
+    o.add_client(fetch)
 
     link = command("link", _link, "the link emulator on its own")
     link.add_argument("spec", metavar="SPEC", nargs="?", default="wan", help="a preset or rtt=…,jitter=…,rate=…")

@@ -18,15 +18,16 @@ def _evaluate(args: Namespace) -> int:
 
     from loscar_core.errors import DataMissingError
     from loscar_deploy.run import evaluate_model
+    from loscar_deploy.run_data import NO_RUN_FOLDER
 
     require_torch()
     path, task, data_dir = args.model, args.task, args.data_dir
     if not path.exists():
-        raise DataMissingError(f"there is no model at {path}")
+        raise DataMissingError(f"there is no model at {path}").with_hint(NO_RUN_FOLDER)
     if path.is_dir():
         config = path / "config.toml"
         if not config.is_file():
-            raise DataMissingError(f"{path} is no run folder: it has no config.toml")
+            raise DataMissingError(f"{path} is no run folder: it has no config.toml").with_hint(NO_RUN_FOLDER)
         try:
             saved = tomllib.loads(config.read_text(encoding="utf-8"))
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loscar_deploy import options as o
+from loscar_deploy import ray_options
 from loscar_deploy.commands import Declare, download, print_json, require_torch
 
 if TYPE_CHECKING:
@@ -122,12 +123,20 @@ def _default_slowdown(args: Namespace, workers: int) -> str:
 
 def _run(args: Namespace) -> int:
     from loscar_deploy.run import execute
+    from loscar_deploy.writers import check as check_writers
 
     require_torch()
+    on_ray = ray_options.ray_plan(args)
     plan = run_plan(args)
+    check_writers(args.writer or ())
     if args.download:
         download(args)
-    summary = execute(plan)
+    if on_ray is None:
+        summary = execute(plan)
+    else:
+        from loscar_deploy.ray_run import execute_on_ray
+
+        summary = execute_on_ray(plan, on_ray)
     if args.json:
         print_json(summary)
     return 0
@@ -162,10 +171,12 @@ def declare(command: Declare) -> None:
     run.add_argument("--out", metavar="DIR", type=Path, help="the run folder (default: a new one under runs/)")
     run.add_argument("--keep-models", action="store_true", help="keep each worker's own last model as well")
     run.add_argument("--dashboard", metavar="HOST:PORT", help="serve a page that shows the run here")
+    o.add_writers(run)
     run.add_argument("--json", action="store_true", help="print the summary as JSON, progress on standard error")
     o.add_task(run, many=True)
     o.add_run(run)
     o.add_limits(run)
+    ray_options.declare(run)
 
     simulate = command("simulate", _simulate, "the same protocol under a virtual clock, in one process")
     o.add_machines(simulate, "virtual time of one step")

@@ -280,6 +280,7 @@ def _worker(m: MemberLook, look: Look) -> dict[str, Any]:
         "steps": report.steps,
         "loss": None if report.loss is None else _number(report.loss, 6),
         "idle_share": _number(idle, 4),
+        "round_trip_s": None if report.round_trip_s is None else _number(report.round_trip_s, 4),
         "bytes_up": report.bytes_up,
         "bytes_down": report.bytes_down,
     }

@@ -1,34 +1,26 @@
-"""One look at a run, taken on the event loop that owns the machine: copies of numbers, nothing derived."""
+"""One look at a run: copies of numbers, nothing derived.
+
+Taken on the event loop that owns the machine, or made from what a server answers to a status call.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import StrEnum
 
 from loscar_core.messages import WorkerReport
 from loscar_core.server_machine import ServerMachine
 from loscar_core.server_members import Departure, Member
 from loscar_core.server_round import ServerRound
+from loscar_server.exchange import Exchange, exchange_of
 from loscar_server.service import ParameterService
+from loscar_wire._generated import parameter_server_pb2 as pb
+from loscar_wire.pieces import reason_from_pb, report_from_pb
+
+DEFAULT_HEARTBEAT_S = 2.0
+"""Of a server that does not tell its own."""
 
 MOST_MEMBERS = 128
 """So many members are looked at one by one; a page with more would be of no use, and the loop has other work."""
-
-MOST_PARTS = 64
-"""Of a round, looked at for each member."""
-
-
-class Exchange(StrEnum):
-    """What the server has of a worker's contribution to the open round."""
-
-    NONE = "none"
-    """No round is open, or this one does not count the worker."""
-    AWAITED = "awaited"
-    """Nothing yet."""
-    ARRIVING = "arriving"
-    """Some parts, not all."""
-    WHOLE = "whole"
-    """All of it: the round waits for others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,14 +142,61 @@ def _member(m: Member, machine: ServerMachine, open_round: ServerRound | None) -
         local_steps=m.local_steps,
         overlap_steps=m.overlap_steps,
         report=m.report,
-        exchange=_exchange(m, open_round),
+        exchange=exchange_of(m.slot, open_round),
     )
 
 
-def _exchange(m: Member, open_round: ServerRound | None) -> Exchange:
-    if open_round is None or m.slot not in open_round.slots:
-        return Exchange.NONE
-    here = [open_round.has(m.slot, part) for part in range(min(MOST_PARTS, len(open_round.parts)))]
-    if all(here):
-        return Exchange.WHOLE
-    return Exchange.ARRIVING if any(here) else Exchange.AWAITED
+def look_of(reply: pb.StatusReply, now: float) -> Look:
+    """The same from a server's answer, for who watches from elsewhere.
+
+    Args:
+        now: this machine's monotonic clock, which takes the place of the server's.
+    """
+    counts = {"joining": 0, "active": 0, "suspended": 0, "observer": 0}
+    for m in reply.members:
+        state = "observer" if m.observer else m.state
+        counts[state] = counts.get(state, 0) + 1
+    return Look(
+        at_s=now,
+        run_id=reply.run_id.hex(),
+        phase=reply.phase,
+        epoch=reply.epoch,
+        round=reply.round,
+        elapsed_s=reply.elapsed_s,
+        stop_reason=reply.stop_reason,
+        dimension=reply.dimension,
+        coordinates=reply.coordinates,
+        method=reply.config.method,
+        workers_wanted=reply.workers_wanted if reply.HasField("workers_wanted") else None,
+        heartbeat_s=reply.heartbeat_s or DEFAULT_HEARTBEAT_S,
+        bytes_in=reply.bytes_in,
+        bytes_out=reply.bytes_out,
+        counts=counts,
+        members=tuple(_told(m, now) for m in reply.members[:MOST_MEMBERS]),
+        hidden=max(0, len(reply.members) - MOST_MEMBERS),
+        departures=tuple(
+            Departure(d.name, d.slot, reason_from_pb(d.reason), d.detail, now - d.ago_s, b"") for d in reply.departures
+        ),
+        departed=reply.departed,
+    )
+
+
+def _told(m: pb.MemberStatus, now: float) -> MemberLook:
+    return MemberLook(
+        peer=m.stream,
+        name=m.name,
+        slot=m.slot,
+        state=m.state,
+        observer=m.observer,
+        joined_s=now - m.joined_ago_s,
+        heard_s=now - m.heard_ago_s,
+        merged_round=m.merged_round,
+        contributed=m.contributed,
+        missed=m.missed,
+        deadline_s=m.deadline_s,
+        cycle_s=m.cycle_s,
+        local_steps=m.local_steps,
+        overlap_steps=m.overlap_steps,
+        report=report_from_pb(m.report),
+        exchange=Exchange(m.exchange or Exchange.NONE),
+    )

@@ -165,6 +165,11 @@
     return m < 60 ? `${m}:${pad(Math.floor(s % 60))} min` : `${Math.floor(m / 60)}:${pad(m % 60)} h`;
   }
 
+  const delay = (s) => {
+    if (s === null) return NONE;
+    return s < 1 ? `${Number((s * 1000).toPrecision(2))} ms` : span(s);
+  };
+
   const byName = (a, b) => a.localeCompare(b, "en", { numeric: true });
   /** Going is no bad news in itself. */
   const wanted = (e) => e.reason === "finished" || e.reason === "left";
@@ -574,6 +579,7 @@
     waiting: (w) => percent(w.idle_share),
     "rounds behind": (w) => (w.behind === null ? NONE : w.behind ? `≤ ${whole(w.behind)}` : "0"),
     overlap: (w) => `${w.overlap_steps} steps`,
+    "round trip": (w) => delay(w.round_trip_s),
     cycle: (w) => (w.cycle_s ? span(w.cycle_s) : NONE),
     deadline: (w) => span(w.deadline_s),
     contributed: (w) => whole(w.contributed),

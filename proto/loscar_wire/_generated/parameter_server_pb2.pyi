@@ -190,8 +190,16 @@ class InclusionTable(_message.Message):
     masks: _containers.RepeatedScalarFieldContainer[bytes]
     def __init__(self, incarnations: _Optional[bytes] = ..., rounds: _Optional[_Iterable[int]] = ..., mask_of: _Optional[_Iterable[int]] = ..., masks: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
+class Shard(_message.Message):
+    __slots__ = ("index", "count")
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    index: int
+    count: int
+    def __init__(self, index: _Optional[int] = ..., count: _Optional[int] = ...) -> None: ...
+
 class RunConfig(_message.Message):
-    __slots__ = ("seed", "density", "coordinates", "selection", "value_type", "merge", "local_steps", "sync_interval_s", "overlap_steps", "rounds", "duration_s", "max_steps", "final_round", "evaluate_every", "method", "dependent")
+    __slots__ = ("seed", "density", "coordinates", "selection", "value_type", "merge", "local_steps", "sync_interval_s", "overlap_steps", "rounds", "duration_s", "max_steps", "final_round", "evaluate_every", "method", "dependent", "shard")
     SEED_FIELD_NUMBER: _ClassVar[int]
     DENSITY_FIELD_NUMBER: _ClassVar[int]
     COORDINATES_FIELD_NUMBER: _ClassVar[int]
@@ -208,6 +216,7 @@ class RunConfig(_message.Message):
     EVALUATE_EVERY_FIELD_NUMBER: _ClassVar[int]
     METHOD_FIELD_NUMBER: _ClassVar[int]
     DEPENDENT_FIELD_NUMBER: _ClassVar[int]
+    SHARD_FIELD_NUMBER: _ClassVar[int]
     seed: int
     density: float
     coordinates: int
@@ -224,10 +233,11 @@ class RunConfig(_message.Message):
     evaluate_every: int
     method: str
     dependent: int
-    def __init__(self, seed: _Optional[int] = ..., density: _Optional[float] = ..., coordinates: _Optional[int] = ..., selection: _Optional[_Union[Selection, str]] = ..., value_type: _Optional[_Union[ValueType, str]] = ..., merge: _Optional[str] = ..., local_steps: _Optional[int] = ..., sync_interval_s: _Optional[float] = ..., overlap_steps: _Optional[int] = ..., rounds: _Optional[int] = ..., duration_s: _Optional[float] = ..., max_steps: _Optional[int] = ..., final_round: _Optional[str] = ..., evaluate_every: _Optional[int] = ..., method: _Optional[str] = ..., dependent: _Optional[int] = ...) -> None: ...
+    shard: Shard
+    def __init__(self, seed: _Optional[int] = ..., density: _Optional[float] = ..., coordinates: _Optional[int] = ..., selection: _Optional[_Union[Selection, str]] = ..., value_type: _Optional[_Union[ValueType, str]] = ..., merge: _Optional[str] = ..., local_steps: _Optional[int] = ..., sync_interval_s: _Optional[float] = ..., overlap_steps: _Optional[int] = ..., rounds: _Optional[int] = ..., duration_s: _Optional[float] = ..., max_steps: _Optional[int] = ..., final_round: _Optional[str] = ..., evaluate_every: _Optional[int] = ..., method: _Optional[str] = ..., dependent: _Optional[int] = ..., shard: _Optional[_Union[Shard, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("protocol_version", "run_id", "name", "incarnation", "slot", "observer", "layout", "vector_checksum", "epoch", "members", "position", "digest", "lineage", "recent", "capabilities", "weight", "partial")
+    __slots__ = ("protocol_version", "run_id", "name", "incarnation", "slot", "observer", "layout", "vector_checksum", "epoch", "members", "position", "digest", "lineage", "recent", "capabilities", "weight", "partial", "shard")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
@@ -245,6 +255,7 @@ class Hello(_message.Message):
     CAPABILITIES_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_FIELD_NUMBER: _ClassVar[int]
     PARTIAL_FIELD_NUMBER: _ClassVar[int]
+    SHARD_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     run_id: bytes
     name: str
@@ -262,7 +273,8 @@ class Hello(_message.Message):
     capabilities: _containers.RepeatedScalarFieldContainer[str]
     weight: float
     partial: Partial
-    def __init__(self, protocol_version: _Optional[int] = ..., run_id: _Optional[bytes] = ..., name: _Optional[str] = ..., incarnation: _Optional[bytes] = ..., slot: _Optional[int] = ..., observer: bool = ..., layout: _Optional[_Union[Layout, _Mapping]] = ..., vector_checksum: _Optional[int] = ..., epoch: _Optional[int] = ..., members: _Optional[int] = ..., position: _Optional[_Union[Position, _Mapping]] = ..., digest: _Optional[int] = ..., lineage: _Optional[_Iterable[_Union[Span, _Mapping]]] = ..., recent: _Optional[_Iterable[_Union[CommittedRound, _Mapping]]] = ..., capabilities: _Optional[_Iterable[str]] = ..., weight: _Optional[float] = ..., partial: _Optional[_Union[Partial, _Mapping]] = ...) -> None: ...
+    shard: Shard
+    def __init__(self, protocol_version: _Optional[int] = ..., run_id: _Optional[bytes] = ..., name: _Optional[str] = ..., incarnation: _Optional[bytes] = ..., slot: _Optional[int] = ..., observer: bool = ..., layout: _Optional[_Union[Layout, _Mapping]] = ..., vector_checksum: _Optional[int] = ..., epoch: _Optional[int] = ..., members: _Optional[int] = ..., position: _Optional[_Union[Position, _Mapping]] = ..., digest: _Optional[int] = ..., lineage: _Optional[_Iterable[_Union[Span, _Mapping]]] = ..., recent: _Optional[_Iterable[_Union[CommittedRound, _Mapping]]] = ..., capabilities: _Optional[_Iterable[str]] = ..., weight: _Optional[float] = ..., partial: _Optional[_Union[Partial, _Mapping]] = ..., shard: _Optional[_Union[Shard, _Mapping]] = ...) -> None: ...
 
 class Partial(_message.Message):
     __slots__ = ("position", "digest", "filled")
@@ -301,7 +313,7 @@ class Contribution(_message.Message):
     def __init__(self, epoch: _Optional[int] = ..., round: _Optional[int] = ..., part: _Optional[int] = ..., offset: _Optional[int] = ..., values: _Optional[bytes] = ..., checksum: _Optional[int] = ..., local_steps: _Optional[int] = ..., overlap_steps: _Optional[int] = ..., indices: _Optional[bytes] = ..., base: _Optional[int] = ..., index_coding: _Optional[_Union[IndexCoding, str]] = ...) -> None: ...
 
 class WorkerReport(_message.Message):
-    __slots__ = ("steps", "loss", "idle_s", "run_s", "sent", "included", "returned", "bytes_up", "bytes_down")
+    __slots__ = ("steps", "loss", "idle_s", "run_s", "sent", "included", "returned", "bytes_up", "bytes_down", "round_trip_s")
     STEPS_FIELD_NUMBER: _ClassVar[int]
     LOSS_FIELD_NUMBER: _ClassVar[int]
     IDLE_S_FIELD_NUMBER: _ClassVar[int]
@@ -311,6 +323,7 @@ class WorkerReport(_message.Message):
     RETURNED_FIELD_NUMBER: _ClassVar[int]
     BYTES_UP_FIELD_NUMBER: _ClassVar[int]
     BYTES_DOWN_FIELD_NUMBER: _ClassVar[int]
+    ROUND_TRIP_S_FIELD_NUMBER: _ClassVar[int]
     steps: int
     loss: float
     idle_s: float
@@ -320,7 +333,8 @@ class WorkerReport(_message.Message):
     returned: int
     bytes_up: int
     bytes_down: int
-    def __init__(self, steps: _Optional[int] = ..., loss: _Optional[float] = ..., idle_s: _Optional[float] = ..., run_s: _Optional[float] = ..., sent: _Optional[int] = ..., included: _Optional[int] = ..., returned: _Optional[int] = ..., bytes_up: _Optional[int] = ..., bytes_down: _Optional[int] = ...) -> None: ...
+    round_trip_s: float
+    def __init__(self, steps: _Optional[int] = ..., loss: _Optional[float] = ..., idle_s: _Optional[float] = ..., run_s: _Optional[float] = ..., sent: _Optional[int] = ..., included: _Optional[int] = ..., returned: _Optional[int] = ..., bytes_up: _Optional[int] = ..., bytes_down: _Optional[int] = ..., round_trip_s: _Optional[float] = ...) -> None: ...
 
 class Heartbeat(_message.Message):
     __slots__ = ("stamp_ns", "round", "report")
@@ -525,7 +539,7 @@ class StatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class MemberStatus(_message.Message):
-    __slots__ = ("name", "slot", "state", "heard_ago_s", "merged_round", "contributed", "missed", "deadline_s", "local_steps", "overlap_steps", "report", "observer")
+    __slots__ = ("name", "slot", "state", "heard_ago_s", "merged_round", "contributed", "missed", "deadline_s", "local_steps", "overlap_steps", "report", "observer", "cycle_s", "exchange", "joined_ago_s", "stream")
     NAME_FIELD_NUMBER: _ClassVar[int]
     SLOT_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -538,6 +552,10 @@ class MemberStatus(_message.Message):
     OVERLAP_STEPS_FIELD_NUMBER: _ClassVar[int]
     REPORT_FIELD_NUMBER: _ClassVar[int]
     OBSERVER_FIELD_NUMBER: _ClassVar[int]
+    CYCLE_S_FIELD_NUMBER: _ClassVar[int]
+    EXCHANGE_FIELD_NUMBER: _ClassVar[int]
+    JOINED_AGO_S_FIELD_NUMBER: _ClassVar[int]
+    STREAM_FIELD_NUMBER: _ClassVar[int]
     name: str
     slot: int
     state: str
@@ -550,7 +568,11 @@ class MemberStatus(_message.Message):
     overlap_steps: int
     report: WorkerReport
     observer: bool
-    def __init__(self, name: _Optional[str] = ..., slot: _Optional[int] = ..., state: _Optional[str] = ..., heard_ago_s: _Optional[float] = ..., merged_round: _Optional[int] = ..., contributed: _Optional[int] = ..., missed: _Optional[int] = ..., deadline_s: _Optional[float] = ..., local_steps: _Optional[int] = ..., overlap_steps: _Optional[int] = ..., report: _Optional[_Union[WorkerReport, _Mapping]] = ..., observer: bool = ...) -> None: ...
+    cycle_s: float
+    exchange: str
+    joined_ago_s: float
+    stream: int
+    def __init__(self, name: _Optional[str] = ..., slot: _Optional[int] = ..., state: _Optional[str] = ..., heard_ago_s: _Optional[float] = ..., merged_round: _Optional[int] = ..., contributed: _Optional[int] = ..., missed: _Optional[int] = ..., deadline_s: _Optional[float] = ..., local_steps: _Optional[int] = ..., overlap_steps: _Optional[int] = ..., report: _Optional[_Union[WorkerReport, _Mapping]] = ..., observer: bool = ..., cycle_s: _Optional[float] = ..., exchange: _Optional[str] = ..., joined_ago_s: _Optional[float] = ..., stream: _Optional[int] = ...) -> None: ...
 
 class DepartureStatus(_message.Message):
     __slots__ = ("name", "slot", "reason", "detail", "ago_s")
@@ -583,7 +605,7 @@ class RefusalStatus(_message.Message):
     def __init__(self, address: _Optional[str] = ..., name: _Optional[str] = ..., kind: _Optional[str] = ..., count: _Optional[int] = ..., detail: _Optional[str] = ..., ago_s: _Optional[float] = ...) -> None: ...
 
 class StatusReply(_message.Message):
-    __slots__ = ("run_id", "protocol_version", "phase", "epoch", "round", "elapsed_s", "dimension", "config", "members", "departures", "refused", "stop_reason", "first_round", "bytes_in", "bytes_out", "digest", "refusals", "averages")
+    __slots__ = ("run_id", "protocol_version", "phase", "epoch", "round", "elapsed_s", "dimension", "config", "members", "departures", "refused", "stop_reason", "first_round", "bytes_in", "bytes_out", "digest", "refusals", "averages", "departed", "coordinates", "heartbeat_s", "workers_wanted")
     class RefusedEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -609,6 +631,10 @@ class StatusReply(_message.Message):
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     REFUSALS_FIELD_NUMBER: _ClassVar[int]
     AVERAGES_FIELD_NUMBER: _ClassVar[int]
+    DEPARTED_FIELD_NUMBER: _ClassVar[int]
+    COORDINATES_FIELD_NUMBER: _ClassVar[int]
+    HEARTBEAT_S_FIELD_NUMBER: _ClassVar[int]
+    WORKERS_WANTED_FIELD_NUMBER: _ClassVar[int]
     run_id: bytes
     protocol_version: int
     phase: str
@@ -627,7 +653,11 @@ class StatusReply(_message.Message):
     digest: int
     refusals: _containers.RepeatedCompositeFieldContainer[RefusalStatus]
     averages: _containers.RepeatedCompositeFieldContainer[AverageStatus]
-    def __init__(self, run_id: _Optional[bytes] = ..., protocol_version: _Optional[int] = ..., phase: _Optional[str] = ..., epoch: _Optional[int] = ..., round: _Optional[int] = ..., elapsed_s: _Optional[float] = ..., dimension: _Optional[int] = ..., config: _Optional[_Union[RunConfig, _Mapping]] = ..., members: _Optional[_Iterable[_Union[MemberStatus, _Mapping]]] = ..., departures: _Optional[_Iterable[_Union[DepartureStatus, _Mapping]]] = ..., refused: _Optional[_Mapping[str, int]] = ..., stop_reason: _Optional[str] = ..., first_round: _Optional[int] = ..., bytes_in: _Optional[int] = ..., bytes_out: _Optional[int] = ..., digest: _Optional[int] = ..., refusals: _Optional[_Iterable[_Union[RefusalStatus, _Mapping]]] = ..., averages: _Optional[_Iterable[_Union[AverageStatus, _Mapping]]] = ...) -> None: ...
+    departed: int
+    coordinates: int
+    heartbeat_s: float
+    workers_wanted: int
+    def __init__(self, run_id: _Optional[bytes] = ..., protocol_version: _Optional[int] = ..., phase: _Optional[str] = ..., epoch: _Optional[int] = ..., round: _Optional[int] = ..., elapsed_s: _Optional[float] = ..., dimension: _Optional[int] = ..., config: _Optional[_Union[RunConfig, _Mapping]] = ..., members: _Optional[_Iterable[_Union[MemberStatus, _Mapping]]] = ..., departures: _Optional[_Iterable[_Union[DepartureStatus, _Mapping]]] = ..., refused: _Optional[_Mapping[str, int]] = ..., stop_reason: _Optional[str] = ..., first_round: _Optional[int] = ..., bytes_in: _Optional[int] = ..., bytes_out: _Optional[int] = ..., digest: _Optional[int] = ..., refusals: _Optional[_Iterable[_Union[RefusalStatus, _Mapping]]] = ..., averages: _Optional[_Iterable[_Union[AverageStatus, _Mapping]]] = ..., departed: _Optional[int] = ..., coordinates: _Optional[int] = ..., heartbeat_s: _Optional[float] = ..., workers_wanted: _Optional[int] = ...) -> None: ...
 
 class AverageStatus(_message.Message):
     __slots__ = ("label", "offered", "missing", "answered")

@@ -14,7 +14,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from loscar_core.errors import ConfigError
-from loscar_worker.session import Session, join
+from loscar_worker.joining import join
+from loscar_worker.session import Session
 from loscar_worker.state_file import write_state
 
 log = logging.getLogger("loscar.worker")

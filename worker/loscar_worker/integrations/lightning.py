@@ -9,7 +9,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from loscar_core.errors import ConfigError
-from loscar_worker.session import Session, join
+from loscar_worker.joining import join
+from loscar_worker.session import Session
 
 
 class LoscarCallback(Callback):
