@@ -11,7 +11,7 @@ COMPOSE = $(shell docker compose version >/dev/null 2>&1 && echo docker compose 
 up down: export COMPOSE_FILE ?= deploy/compose.yaml
 up down: export COMPOSE_PROJECT_NAME ?= loscar
 
-.PHONY: run test test-long up down compose-test bench chaos fuzz schedules soak load claims lint types proto clean
+.PHONY: run test test-long up down compose-test docs bench chaos fuzz schedules soak load loadtest claims lint types proto clean
 
 run: $(VENV)/worker.stamp
 	$(BIN)/loscar run $(ARGS)
@@ -33,9 +33,13 @@ up:
 down:
 	$(COMPOSE) down $(ARGS)
 
-# Real containers, for some minutes; without an engine it says so.
+# Real containers, for some minutes; without an engine that can be used it says so.
 compose-test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest tests/compose $(ARGS)
+
+# The documentation as a site, in site/; warnings are errors.
+docs: $(VENV)/docs.stamp
+	$(BIN)/mkdocs build --strict $(ARGS)
 
 # About ten minutes, one after the other, since they measure; fetches a9a when it is not in the data folder.
 bench: $(VENV)/worker.stamp
@@ -62,6 +66,10 @@ soak: $(VENV)/worker.stamp
 load: $(VENV)/worker.stamp
 	$(BIN)/python benchmarks/load.py $(ARGS)
 
+# The compose stack over slow and lossy links; five minutes beside the images. Root, and a container engine.
+loadtest: $(VENV)/dev.stamp
+	PYTHONPATH=tests/compose:benchmarks $(BIN)/python -P benchmarks/compose_load.py $(ARGS)
+
 # What the paper claims, tried on real data; some hours, so that each can also be run alone.
 claims: $(VENV)/worker.stamp
 	status=0; for script in benchmarks/claim_*.py; do $(BIN)/python $$script || status=1; done; exit $$status
@@ -87,6 +95,10 @@ $(VENV)/worker.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
 $(VENV)/dev.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@ $(VENV)/worker.stamp
+
+$(VENV)/docs.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	touch $@
 
 $(VENV)/fuzz.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .

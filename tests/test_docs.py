@@ -16,15 +16,12 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from pages import FENCE, PAGES, ROOT, fences, shown_commands
 
 from loscar_core.errors import ConfigError
 from loscar_deploy import options
 from loscar_deploy.cli import build_parser
 from loscar_deploy.link_spec import parse_links
-
-ROOT = Path(__file__).resolve().parent.parent
-PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])
-FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def load(path: Path) -> ModuleType:
@@ -64,6 +61,14 @@ def test_the_readme_shows_the_loop_of_the_docstring() -> None:
     assert loop in blocks
 
 
+def test_the_figures_that_are_quoted_are_those_of_the_measurements() -> None:
+    measured = (ROOT / "docs" / "reproduction.md").read_text(encoding="utf-8")
+    quoted = re.findall(r"\b0\.\d{3,4}\b", (ROOT / "docs" / "choosing.md").read_text(encoding="utf-8"))
+    assert len(quoted) > 10
+    for figure in set(quoted) - {"0.001", "0.025"}:  # densities
+        assert figure in measured, f"docs/choosing.md says {figure}, docs/reproduction.md does not"
+
+
 def test_the_readme_lists_every_command() -> None:
     module = load(ROOT / "docs" / "generate_cli.py")
     text = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -72,12 +77,6 @@ def test_the_readme_lists_every_command() -> None:
 
 
 # --- links --------------------------------------------------------------------------------------------------
-
-
-def fences(page: Path) -> Iterator[tuple[str, str]]:
-    """(language, body) of a page's fenced blocks."""
-    for match in FENCE.finditer(page.read_text(encoding="utf-8")):
-        yield match[1], match[2]
 
 
 def anchors(page: Path) -> set[str]:
@@ -123,20 +122,12 @@ def test_links_are_found() -> None:
 
 
 def commands(page: Path) -> Iterator[list[str]]:
-    """The words of every command that a page shows: after `$ ` in console blocks, and indented `loscar` lines."""
-    text = page.read_text(encoding="utf-8")
-    lines = [line for language, body in fences(page) if language == "console" for line in _shell(body)]
-    lines += re.findall(r"^ {4}((?:\.venv/bin/)?loscar .*)$", FENCE.sub("", text), re.MULTILINE)
-    for line in lines:
-        words = shlex.split(line, comments=True)
+    """The words of every command that a page shows, without what is set for it and what it is piped into."""
+    for line in shown_commands(page):
+        words = shlex.split(line)
         while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
             words.pop(0)
         yield words[: words.index("|")] if "|" in words else words
-
-
-def _shell(body: str) -> list[str]:
-    joined = body.replace("\\\n", " ")
-    return [line.removeprefix("$ ").removesuffix(" &") for line in joined.splitlines() if line.startswith("$ ")]
 
 
 def parse(words: list[str]) -> None:
@@ -161,6 +152,8 @@ def parse(words: list[str]) -> None:
 def test_commands_are_accepted(page: Path) -> None:
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     for words in commands(page):
+        if not words:  # only sets something
+            continue
         program, *rest = words
         if Path(program).name == "loscar":
             parse(rest)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from dataclasses import asdict
+from dataclasses import fields
 from enum import Enum
 from pathlib import Path
 from types import ModuleType
@@ -58,7 +58,8 @@ def test_the_example_is_a_method(monkeypatch: pytest.MonkeyPatch) -> None:
     exec(body[1], module.__dict__)
     monkeypatch.setitem(methods.METHODS, "elastic", module.Elastic)
     method = parse_method("elastic:pull=0.3")
-    config = RunConfig(**settle(method, asdict(RunConfig(method=method.text())), ()))
+    usual = RunConfig(method=method.text())
+    config = RunConfig(**settle(method, {f.name: getattr(usual, f.name) for f in fields(RunConfig)}, ()))
     assert config.density == 1.0
     assert parse_method(config.method) == method
     live, anchor, average, sent = np.random.default_rng(0).normal(size=(4, 10)).astype(np.float32)

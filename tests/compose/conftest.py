@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,9 +12,14 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from stack import Engine, NoEngine, Stack
+from engine import Engine, NoEngine, sweep
+from stack import Stack
 
 HERE = Path(__file__).parent
+LIMIT = "LOSCAR_TEST_MINUTES"
+"""No test is begun when all before have taken longer."""
+DEFAULT_MINUTES = "10"
+STARTED = time.monotonic()
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -21,14 +28,21 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return None if any(path.is_relative_to(HERE) for path in asked) else True
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    minutes = float(os.environ.get(LIMIT) or DEFAULT_MINUTES)
+    if item.path.is_relative_to(HERE) and time.monotonic() > STARTED + 60 * minutes:
+        pytest.skip(f"on this machine those before have taken more than {minutes:g} minutes, see {LIMIT}")
+
+
 @pytest.fixture(scope="session")
 def engine() -> Engine:
     """An engine with both images; without one the tests are skipped."""
     try:
         found = Engine.find()
+        sweep()
+        found.build()
     except NoEngine as missing:
         pytest.skip(str(missing))
-    found.build()
     return found
 
 

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from stack import ROOT, SERVER_IMAGE, WORKER_IMAGE, Engine, Stack, call, inspect, run, wait_until
+from engine import ROOT, SERVER_IMAGE, WORKER_IMAGE, Engine, call, new_name, wait_until
+from stack import Stack, inspect, run
 
 pytestmark = pytest.mark.timeout(1800, method="signal")
 
@@ -124,7 +125,7 @@ def test_who_fails_each_time_is_not_started_for_ever(stacks: Callable[..., Stack
 @pytest.mark.parametrize("image", [SERVER_IMAGE, WORKER_IMAGE])
 def test_a_container_can_be_stopped_while_it_starts(image: str) -> None:
     """Process 1 gets only those signals that it has a handler for; that is there before the slow imports."""
-    container = call("docker", "run", "-d", image).stdout.strip()
+    container = call("docker", "run", "-d", "--name", new_name(), image).stdout.strip()
     try:
         wait_until(lambda: catches_sigterm(int(inspect(container)["State"]["Pid"])), "it can be told to end")
         call("docker", "stop", "-t", "30", container)

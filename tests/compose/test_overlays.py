@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from stack import SERVER_IMAGE, Stack, call, member, name_of, wait_until
+from engine import SERVER_IMAGE, call, wait_until
+from stack import Stack, member, name_of
 
 pytestmark = pytest.mark.timeout(600, method="signal")
 
@@ -61,7 +62,7 @@ def test_a_standby_takes_over_under_tls_and_over_links(stacks: Callable[..., Sta
     stack.rounds_go_on("standby")
     assert stack.execute(workers[0], "loscar-health", "worker").returncode == 0
     standby = stack.container("standby")
-    call("docker", "stop", "-t", "40", standby)
+    call("docker", "kill", "-s", "INT", standby)
     assert [stack.ended(container) for container in (standby, *workers)] == [0, 0, 0]
 
 

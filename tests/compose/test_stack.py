@@ -13,7 +13,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from stack import Stack, address_of, call, inspect, kill_process, member, name_of, packet_rules, wait_until
+from engine import call, wait_until
+from stack import Stack, address_of, inspect, kill_process, member, name_of, packet_rules
 
 pytestmark = pytest.mark.timeout(600, method="signal")
 
@@ -207,12 +208,46 @@ def test_a_killed_server_is_started_again_and_the_run_goes_on(stack: Stack) -> N
     assert all(inspect(stack.container(service))["State"]["Running"] for service in SERVICES)
 
 
+def test_a_server_that_is_restarted_or_replaced_keeps_its_run(stack: Stack) -> None:
+    """By the engine, and by Compose as with a new image: in another container, perhaps at another address."""
+    before = everybody(stack)
+    first = stack.container("server")
+    call("docker", "restart", "-t", "40", first)
+    after = stack.status_when(lambda s: s["epoch"] > before["epoch"] and s["phase"] == "running", "a new epoch")
+    assert after["round"] >= before["round"], "the run was begun anew"
+    log = stack.logs(first)
+    assert "pausing the run" in log
+    assert "ending the run" not in log
+    assert ", which is saved" in log
+    everybody(stack)
+    stack.compose("up", "-d", "--no-build", "--no-deps", "--force-recreate", "-t", "40", "server")
+    assert stack.container("server") != first
+    again = stack.status_when(lambda s: s["epoch"] > after["epoch"] and s["phase"] == "running", "another epoch")
+    assert (again["run_id"], again["round"] >= after["round"]) == (before["run_id"], True)
+    everybody(stack)
+    stack.rounds_go_on()
+    assert all(inspect(stack.container(service))["State"]["Running"] for service in SERVICES)
+
+
+def test_a_running_server_gives_its_model(stack: Stack) -> None:
+    """To whoever is on its network and has the token; here to a process in its own container, which needs no torch."""
+    server, fetched = stack.container("server"), "/tmp/model.safetensors"
+    done = stack.execute(server, "loscar", "fetch", "--out", fetched, "--json")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert (told["phase"], told["round"] > 0) == ("running", True)
+    sizes = "import sys; from safetensors.numpy import load_file; "
+    sizes += "print(sum(values.nbytes for values in load_file(sys.argv[1]).values()))"
+    done = stack.execute(server, "python3", "-c", sizes, fetched)
+    assert int(done.stdout) == told["bytes"] > 0, done.stderr
+
+
 def test_ending_the_run_leaves_the_model_in_the_volume(stack: Stack) -> None:
-    """SIGTERM ends the run in order: every container exits with 0, and none is started again."""
+    """SIGINT ends the run in order: every container exits with 0, and none is started again."""
     stack.status_when(lambda s: s["round"] >= 40, "enough of training")
     server, workers = stack.container("server"), [stack.container(service) for service in SERVICES]
     names = [name_of(worker) for worker in workers]
-    call("docker", "stop", "-t", "40", server)
+    call("docker", "kill", "-s", "INT", server)
     assert [stack.ended(container) for container in (server, *workers)] == [0, 0, 0, 0]
     assert "stopped before the run's end" not in stack.logs(server)
     models = ", ".join(repr(f"/var/lib/loscar/models/{name}.safetensors") for name in names)

@@ -28,7 +28,8 @@ from loscar_deploy.certs import make_certificates
 from loscar_deploy.dashboard import http as dashboard_http
 from loscar_deploy.dashboard.history import LANE_LOOKS, MOST_EVENTS, MOST_POINTS, MOST_TRACES, REASONS, History
 from loscar_deploy.dashboard.http import MOST_CONNECTIONS, MOST_HEAD_BYTES, HttpServer, Reply, Request
-from loscar_deploy.dashboard.look import MOST_MEMBERS, Exchange, Look, MemberLook
+from loscar_deploy.dashboard.look import MOST_MEMBERS, Look, MemberLook
+from loscar_server.exchange import Exchange
 from loscar_wire.transport import ServerSecurity, parse_address
 
 SUPPORT = Path(__file__).parents[1] / "support"
@@ -114,7 +115,8 @@ def test_what_is_shown_of_a_run_with_a_fault(processes: Processes) -> None:
     def reported() -> dict[str, Any] | None:
         found = state_of(address)
         done = [t for t in found["traces"].values() if t["losses"] and len(t["segments"]) >= 2]
-        return found if len(done) == 2 else None
+        measured = [w for w in found["workers"] if w["round_trip_s"] is not None]
+        return found if len(done) == len(measured) == 2 else None
 
     found = wait_until(reported, "both have reported")
     status = status_of(server.address)
@@ -138,6 +140,10 @@ def test_what_is_shown_of_a_run_with_a_fault(processes: Processes) -> None:
         assert 0 < w["contributed"] <= member.contributed
         assert 0 <= w["idle_share"] <= 1
         assert 0 < w["loss"] < 10
+        assert (
+            w["round_trip_s"] == pytest.approx(member.report.round_trip_s, rel=1e-3) or w["steps"] < member.report.steps
+        )
+        assert w["round_trip_s"] > 0
         assert w["behind"] >= 0
         assert w["deadline_s"] > 0
         assert w["cycle_s"] > 0
@@ -385,7 +391,7 @@ def test_a_port_that_is_taken_ends_the_command(processes: Processes) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         server = processes.server("--dashboard", address, wait=False)
-        assert server.wait() == 3
+        assert server.wait() == 10
         line = f"loscar: --dashboard: cannot listen on {address}: Address already in use"
         assert server.err.splitlines()[0] == line
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import errno
 import importlib.util
 import json
 import shutil
@@ -23,6 +24,7 @@ from loscar_deploy.cli import main
 from loscar_deploy.doctor import PACKAGES, check_certificate, check_versions
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+OWN_HINTS = ["give an address of this machine, or 0.0.0.0 for all of them"]
 Examine = Callable[..., dict[str, Any]]
 
 
@@ -42,7 +44,7 @@ def examine(capsys: pytest.CaptureFixture[str]) -> Examine:
             assert (each["state"] == "failed") == (each["exit_code"] != 0)
             assert each["state"] in ("ok", "warning", "failed")
         if found["state"] == "failed":
-            hints = [e.hint for e in all_errors() if e.exit_code == found["exit_code"]]
+            hints = [e.hint for e in all_errors() if e.exit_code == found["exit_code"]] + OWN_HINTS
             assert any(found["text"].endswith("; " + hint) for hint in hints), "and says what to do"
         return found
 
@@ -211,6 +213,17 @@ def test_data_and_folders(examine: Examine, tmp_path: Path, monkeypatch: pytest.
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").write_text("")
     assert examine("out", "--out", tmp_path / "file" / "x")["exit_code"] == 3
+
+    def full(path: Path, data: bytes) -> int:
+        path.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        found = examine("out", "--out", tmp_path)
+    assert found["exit_code"] == 21
+    assert f"{tmp_path} cannot be written: No space left on device" in found["text"]
+    assert [p.name for p in tmp_path.iterdir()] == ["file"], "the probe is gone"
     monkeypatch.setattr(doctor, "LEAST_DISK_BYTES", 1 << 62)
     assert examine("out", "--out", tmp_path)["state"] == "warning"
 

@@ -198,6 +198,19 @@ def test_pods_have_no_rights(manifests: dict[tuple[str, str], Document]) -> None
         assert f"USER {USER}:{USER}\n" in dockerfile
 
 
+def test_a_server_may_be_moved_and_updated(manifests: dict[tuple[str, str], Document]) -> None:
+    """It pauses its run, so that the cluster needs no special care; but for a checkpoint it must have its time."""
+    spec = manifests["StatefulSet", "loscar-server"]["spec"]
+    assert spec["updateStrategy"]["type"] == "RollingUpdate"
+    assert manifests["PodDisruptionBudget", "loscar-server"]["spec"]["maxUnavailable"] == spec["replicas"] == 1
+    pod = spec["template"]["spec"]
+    assert pod["terminationGracePeriodSeconds"] >= 60
+    [container] = pod["containers"]
+    probes = [probe for name, probe in container.items() if name.endswith("Probe")]
+    assert len(probes) == 3
+    assert all(probe.get("terminationGracePeriodSeconds", 60) > 10 for probe in probes), "goodbyes take up to 5 s"
+
+
 def test_the_token_is_a_secret_that_is_not_here(manifests: dict[tuple[str, str], Document]) -> None:
     assert not [kind for kind, _ in manifests if kind == "Secret"]
     for pod in pods(manifests):
@@ -275,7 +288,7 @@ def test_command_lines_are_accepted(manifests: dict[tuple[str, str], Document], 
             options.run_config(args)
             options.server_limits(args, None)
             options.seconds("--linger", args.linger)
-            assert args.resume
+            assert (args.resume, args.pause_on) == (True, "term"), "or a pod that is replaced ends the run"
         else:
             assert args.server == environment["LOSCAR_SERVERS"]
         mounts = [Path(mount["mountPath"]) for mount in container["volumeMounts"]]
@@ -322,9 +335,8 @@ def test_containers_train_answer_their_probes_and_drain(tmp_path: Path, processe
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
     node = Node(tmp_path / "node", processes)
-    server = node.start(
-        "StatefulSet", "loscar-server", LOSCAR_ARGS=f"--listen {address} --start-grace 0s --linger 0s --rounds 1000000"
-    )
+    listening = {"LOSCAR_ARGS": f"--listen {address} --start-grace 0s --linger 0s --rounds 1000000"}
+    server = node.start("StatefulSet", "loscar-server", **listening)
     server.says("listening on")
 
     # Without the token, as kubelet asks.
@@ -351,7 +363,14 @@ def test_containers_train_answer_their_probes_and_drain(tmp_path: Path, processe
     server.says("loscar-worker-0 left: left")
     worker = node.start("Job", "loscar-worker", **changes)
     worker.says("goes on from")
+    # The server's pod is replaced: the next one goes on, at the same address.
     server.signal(signal.SIGTERM)
+    assert server.wait() == 128 + signal.SIGTERM, server.err
+    server = node.start("StatefulSet", "loscar-server", **listening)
+    worker.says("connected again")
+    assert "resuming run" in server.err
+    # kubectl exec loscar-server-0 -- sh -c 'kill -INT 1'
+    server.signal(signal.SIGINT)
     assert worker.wait() == 0, worker.err
     assert server.wait() == 0, server.err
     assert (tmp_path / "node" / "models" / "loscar-worker-0.safetensors").is_file()

@@ -48,6 +48,20 @@ def test_a_link_lies_between_each_worker_and_the_server(processes: Processes) ->
     assert found["echo_ms"] is None
 
 
+def test_psutil_is_needed_only_where_a_process_is_measured(processes: Processes) -> None:
+    """An installation for workers, as in the image, has none."""
+    without = (
+        "import sys; sys.modules['psutil'] = None; from loscar_deploy.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    done = processes.python("-c", without, "loadtest", *SMALL)
+    assert done.wait() == 3
+    assert "needs the psutil package" in done.err
+    server = processes.server("--workers", "4", "--density", "0.05")
+    flags = ["--server", server.address, "--rounds", "5", "--no-reference", "--json"]
+    found = result_of(processes.python("-c", without, "loadtest", *SMALL, *flags))
+    assert found["rounds"] == 5
+
+
 def test_a_server_that_is_there_can_be_measured(processes: Processes) -> None:
     server = processes.server("--workers", "4", "--density", "0.05", "--token", "secret")
     found = result_of(

@@ -109,12 +109,14 @@ def test_elements_train_come_back_from_the_queue_and_end_together(cluster: Clust
     wait_until(times(second, "joined run", 2), "the worker finds the server at its new address")
     assert "looking again" in second.err
     assert "resuming run" in cluster.server_log
-    assert cluster.server_log.count("once more to stop") == 0
+    assert cluster.server_log.count("pausing the run") == 1
+    assert cluster.server_log.count("which is saved") == 1
+    assert "ending the run" not in cluster.server_log
 
     first.signal(signal.SIGUSR2)
     assert first.wait() == 0, first.err
     assert second.wait() == 0, second.err
-    assert cluster.server_log.count("once more to stop") == 1
+    assert cluster.server_log.count("ending the run; once more to stop") == 1
     assert (cluster.shared / "finished").exists()
     models = [load_file(cluster.shared / "models" / f"worker-{index}.safetensors") for index in (0, 1)]
     assert models[0]
@@ -139,7 +141,8 @@ def test_a_crashed_server_is_started_again_by_its_element(cluster: Cluster) -> N
     element.signal(signal.SIGUSR1)
     assert element.wait() == 0, element.err
     assert cluster.requeued == ["requeue 77_0"]
-    assert "once more to stop" not in cluster.server_log
+    assert cluster.server_log.count("which is saved") == 1
+    assert "ending the run" not in cluster.server_log
     assert not (cluster.shared / "finished").exists()
 
 

@@ -149,6 +149,6 @@ def test_command_lines_are_accepted(stack: dict[str, Any], tmp_path: Path) -> No
         if words[0] == "server":
             options.run_config(args)
             options.server_limits(args, None)
-            assert args.resume
+            assert (args.resume, args.pause_on) == (True, "term"), "or a server that is updated ends the run"
         else:
             assert args.server == "server:50051"

@@ -63,8 +63,8 @@ CURABLE: set[type[LoscarError]] = {
 }
 # A server does not meet these, and a worker not the last.
 ELSEWHERE: dict[str, set[type[LoscarError]]] = {
-    "loscar-server.service": IN_VAIN["loscar-worker@.service"] | {errors.WorkerFailedError},
-    "loscar-worker@.service": {errors.WorkerFailedError},
+    "loscar-server.service": IN_VAIN["loscar-worker@.service"] | {errors.WorkerFailedError, errors.NoModelError},
+    "loscar-worker@.service": {errors.WorkerFailedError, errors.NoModelError},
 }
 ASKED_FOR = {errors.InterruptedRunError.exit_code, 128 + signal.SIGTERM}
 
@@ -132,7 +132,7 @@ def test_the_command_line_with_the_example_settings_is_accepted(name: str) -> No
         options.run_config(args)
         options.server_limits(args, None)
         options.seconds("--linger", args.linger)
-        assert (args.resume, args.insecure, args.run_id) == (True, False, "example")
+        assert (args.resume, args.insecure, args.run_id, args.pause_on) == (True, False, "example", "term")
     else:
         assert (words[0], args.name, args.run_id) == ("worker", "w0", "example")
         assert args.state is not None
@@ -176,7 +176,7 @@ def test_the_limit_stops_who_fails_at_once_and_not_who_waits_for_a_server() -> N
     assert burst * pause_s < window_s < burst * (pause_s + connect_s)
 
 
-def test_both_commands_train_with_tls_and_a_token_and_sigterm_drains(tmp_path: Path, processes: Processes) -> None:
+def test_both_commands_train_with_tls_and_a_token_and_sigterm_ends_no_run(tmp_path: Path, processes: Processes) -> None:
     """What systemd would start, with its credentials and state folders as plain ones."""
     credentials = tmp_path / "credentials"
     make_certificates(credentials, ["127.0.0.1"], ["worker"])
@@ -211,7 +211,15 @@ def test_both_commands_train_with_tls_and_a_token_and_sigterm_drains(tmp_path: P
     server.says("w0 left: left")
     again = processes.loscar(*worker.arguments[3:], cwd=SUPPORT)
     again.says("goes on from")
-    server.signal(kill)
+    # `systemctl restart` of the server.
+    server.signal(getattr(signal, unit("loscar-server.service")["Service"]["KillSignal"]))
+    assert server.wait() in ASKED_FOR, server.err
+    assert "paused run" in server.err
+    server = processes.loscar(*server.arguments[3:])
+    again.says("connected again")
+    assert "resuming run" in server.err
+    # `systemctl kill --signal=SIGINT loscar-server`
+    server.signal(signal.SIGINT)
     assert again.wait() == 0, again.err
     assert server.wait() == 0, server.err
     assert (states["worker"] / "model.safetensors").is_file()

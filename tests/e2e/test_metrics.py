@@ -212,7 +212,7 @@ def test_a_port_that_is_taken_ends_the_command(processes: Processes) -> None:
         commands = [["server", "--listen", "127.0.0.1:0"], ["worker", "--task", "tiny_task:Tiny"]]
         started = [processes.loscar(*command, "--metrics", address, cwd=SUPPORT) for command in commands]
         for process in started:
-            assert process.wait() == 3
+            assert process.wait() == 10
             assert process.out == ""
             assert process.err.splitlines()[0] == (
                 f"loscar: --metrics: cannot listen on {address}: Address already in use"

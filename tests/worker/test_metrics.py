@@ -46,7 +46,7 @@ def scrape(metrics: WorkerMetrics) -> Scrape:
 def session(**changes: Any) -> Any:
     """What the metrics look at of a session."""
     position = SimpleNamespace(round=7, epoch=2)
-    engine = SimpleNamespace(anchor=SimpleNamespace(position=position), bytes_up=100, bytes_down=200)
+    engine = SimpleNamespace(anchor=SimpleNamespace(position=position))
     given: dict[str, Any] = {
         "name": 'w"0\\\n',
         "run_id": "ab" * 16,
@@ -59,6 +59,8 @@ def session(**changes: Any) -> Any:
         "reconnects": 2,
         "connected": True,
         "round_trip_s": 0.05,
+        "bytes_up": 100,
+        "bytes_down": 200,
         "engine": engine,
     }
     return SimpleNamespace(**given | changes)

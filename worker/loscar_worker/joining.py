@@ -33,10 +33,10 @@ def parse_servers(servers: str | Sequence[str]) -> tuple[tuple[str, ...], ...]:
     Raises:
         ConfigError: there is none, or one that is malformed.
     """
+    if not isinstance(servers, str) and not servers:
+        raise ConfigError("no server given")
     text = servers if isinstance(servers, str) else ",".join(servers)
     shards = tuple(tuple(address.strip() for address in shard.split(",")) for shard in text.split(";"))
-    if not text.strip():
-        raise ConfigError("no server given")
     for address in (address for shard in shards for address in shard):
         parse_address(address, "server")
     return shards
