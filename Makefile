@@ -1,5 +1,7 @@
 # Two commands are all that is needed from a fresh clone: `make run` and `make test`.
 PYTHON ?= python3
+# Test processes at a time; more of them than cores make deadlines come near.
+JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 # The lowest supported protobuf tools: generated code refuses runtimes older than the tools that made it.
@@ -20,7 +22,7 @@ test: $(VENV)/dev.stamp $(PROTO_VENV)/stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m "not long" $(ARGS)
+	$(BIN)/python -m pytest -m "not long" --numprocesses $(JOBS) --dist worksteal $(ARGS)
 
 # What `make test` leaves out, for its length: browsers, examples, frameworks, systemd and Slurm; some minutes.
 test-long: $(VENV)/dev.stamp
