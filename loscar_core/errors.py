@@ -109,7 +109,9 @@ class WrongRunError(ProtocolError):
     summary = "the server holds another run"
     exit_code = 7
     grpc_status = "FAILED_PRECONDITION"
-    hint = "join the run that this server holds, or leave --run-id out to take whichever it is"
+    hint = (
+        "join the run that this server holds, its shards in their order, or leave --run-id out to take whichever it is"
+    )
 
 
 class WrongModelError(ProtocolError):

@@ -337,6 +337,10 @@ SCENARIOS = {
                 'loscar worker --server "one.example:50051;two.example:50051" --task digits',
                 {"one.example:50051": "127.0.0.1:{port}", "two.example:50051": "127.0.0.1:{standby}"},
             ),
+            Step(
+                'loscar fetch --server "one.example:50051;two.example:50051" --out model.safetensors',
+                {"one.example:50051": "127.0.0.1:{port}", "two.example:50051": "127.0.0.1:{standby}"},
+            ),
         )
     ),
     "schedules": Scenario((Step("make schedules", {"make": MAKE}, more='ARGS="--seeds 1 --out $PWD/schedules.json"'),)),

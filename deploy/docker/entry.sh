@@ -3,7 +3,7 @@
 # so that signals reach it. Read from the environment, all of them optional:
 #   LOSCAR_SECURITY    options for TLS, split at spaces (server, worker)
 #   LOSCAR_ARGS        further options, split at spaces (server, worker)
-#   LOSCAR_SERVERS     a worker's servers, HOST:PORT[,HOST:PORT]
+#   LOSCAR_SERVERS     a worker's servers, HOST:PORT[,HOST:PORT], with ; between those of several shards
 #   LOSCAR_NAME        a worker's name; default: the host's name, which a container keeps when it is started again
 #   LOSCAR_STATE_DIR   a worker saves its state here, and resumes from it
 #   LOSCAR_MODEL_DIR   a worker saves the model here when it leaves
@@ -24,16 +24,20 @@ servers=${LOSCAR_SERVERS:-}
 if [ -n "${LOSCAR_LINK:-}" ] && [ -n "$servers" ]; then
     linked=
     port=50061
-    for server in $(echo "$servers" | tr , ' '); do
-        pipe=/tmp/link-$port
-        rm -f "$pipe"
-        mkfifo "$pipe"
-        loscar link "$LOSCAR_LINK" --listen "127.0.0.1:$port" --to "$server" >"$pipe" &
-        # It says one line when it listens; if it ends instead, this ends with its exit status.
-        read -r line <"$pipe" || wait $!
-        echo "$line"
-        linked=${linked:+$linked,}127.0.0.1:$port
-        port=$((port + 1))
+    for shard in $(echo "$servers" | tr ';' ' '); do
+        addresses=
+        for server in $(echo "$shard" | tr , ' '); do
+            pipe=/tmp/link-$port
+            rm -f "$pipe"
+            mkfifo "$pipe"
+            loscar link "$LOSCAR_LINK" --listen "127.0.0.1:$port" --to "$server" >"$pipe" &
+            # It says one line when it listens; if it ends instead, this ends with its exit status.
+            read -r line <"$pipe" || wait $!
+            echo "$line"
+            addresses=${addresses:+$addresses,}127.0.0.1:$port
+            port=$((port + 1))
+        done
+        linked=${linked:+$linked;}$addresses
     done
     servers=$linked
 fi

@@ -127,6 +127,21 @@ def parse_address(text: str, option: str) -> tuple[str, int]:
     return host, int(port_text)
 
 
+def parse_servers(servers: str | Sequence[str], option: str = "server") -> tuple[tuple[str, ...], ...]:
+    """Addresses: of each shard, in order, those that are tried in turn.
+
+    Raises:
+        ConfigError: there is none, or one that is malformed.
+    """
+    if not isinstance(servers, str) and not servers:
+        raise ConfigError("no server given")
+    text = servers if isinstance(servers, str) else ",".join(servers)
+    shards = tuple(tuple(address.strip() for address in shard.split(",")) for shard in text.split(";"))
+    for address in (address for shard in shards for address in shard):
+        parse_address(address, option)
+    return shards
+
+
 def format_address(host: str, port: int) -> str:
     """HOST:PORT, with brackets around an IPv6 host."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

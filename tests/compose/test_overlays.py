@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from engine import SERVER_IMAGE, call, wait_until
-from stack import Stack, member, name_of
+from stack import Stack, kill_process, member, name_of
 
 pytestmark = pytest.mark.timeout(600, method="signal")
 
@@ -64,6 +64,34 @@ def test_a_standby_takes_over_under_tls_and_over_links(stacks: Callable[..., Sta
     standby = stack.container("standby")
     call("docker", "kill", "-s", "INT", standby)
     assert [stack.ended(container) for container in (standby, *workers)] == [0, 0, 0]
+
+
+def test_a_model_over_two_servers(stacks: Callable[..., Stack]) -> None:
+    """One of them is killed and comes back, while the other one's rounds go on."""
+    stack = stacks(
+        "shards",
+        "links",
+        LOSCAR_WORKERS="2",
+        LOSCAR_ROUNDS="100000",
+        LOSCAR_LINGER="1s",
+        LOSCAR_LINK="rtt=20ms,rate=20mbit",
+        LOSCAR_LINK_SLOW="rtt=60ms,rate=10mbit",
+        LOSCAR_SERVER_ARGS="--lease 6s --start-grace 1s --recover-after 5s",
+    )
+    stack.up("--scale", "worker-slower=0")
+    for service in ("server", "shard"):
+        found = stack.rounds_go_on(service)
+        assert len(found["members"]) == 2
+    before = stack.status_when(lambda s: True, "the shard answers", "shard")
+    assert before["dimension"] in (2405, 2406)
+    kill_process(stack.container("shard"))
+    stack.rounds_go_on()
+    back = stack.status_when(lambda s: s["epoch"] > 1 and s["phase"] == "running", "the shard is back", "shard")
+    assert back["run_id"] == before["run_id"]
+    stack.rounds_go_on("shard")
+    workers = [stack.container(service) for service in ("worker", "worker-slow")]
+    call("docker", "kill", "-s", "INT", stack.container("server"))
+    assert [stack.ended(c) for c in (stack.container("server"), stack.container("shard"), *workers)] == [0, 0, 0, 0]
 
 
 def test_missing_settings_are_named(stacks: Callable[..., Stack], pki: Path, tmp_path: Path) -> None:

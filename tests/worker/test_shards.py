@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from processes import DEADLINE_S, Processes, Server, status_of, wait_until
+from safetensors.numpy import load_file
 from torch import nn
 
 import loscar_worker as loscar
@@ -303,6 +304,28 @@ def test_a_checkpoint_of_another_shard_is_not_resumed_from(processes: Processes,
     wrong = processes.server(*shard_flags(1, 2, *kept, "--resume", workers=1), wait=False)
     assert wrong.wait() == WrongRunError.exit_code
     assert "the checkpoint is of shard 0/2, and this is to be shard 1/2" in wrong.err
+
+
+def test_the_model_of_all_shards_is_fetched(processes: Processes, tmp_path: Path) -> None:
+    servers = start(processes, 2, "--density", "1", workers=1, ending=("--rounds", "3"))
+    trainers = {"w0": Trainer(0)}
+    sessions = join_all(servers, trainers)
+    train(sessions, trainers, lambda: sessions["w0"].finished, "the run is over")
+    sessions["w0"].close()
+    out = tmp_path / "model.safetensors"
+    nowhere = "127.0.0.1:1"
+    text = f"{nowhere},{servers[0].address};{servers[1].address}"
+    done = processes.loscar("fetch", "--server", text, "--out", str(out))
+    assert done.wait() == 0, done.err
+    found = load_file(out)
+    model = trainers["w0"].model.state_dict()
+    assert found.keys() == {name for name in model if not name.endswith("num_batches_tracked")}
+    for name, values in found.items():
+        assert np.array_equal(values, model[name].numpy()), name
+    for wrong, code in ((f"{servers[1].address};{servers[0].address}", 7), (servers[0].address, 7), (nowhere, 4)):
+        done = processes.loscar("fetch", "--server", wrong, "--out", str(tmp_path / "no"))
+        assert done.wait() == code, done.err
+    assert not (tmp_path / "no").exists()
 
 
 def test_parts_of_the_layout_make_the_whole(processes: Processes) -> None:

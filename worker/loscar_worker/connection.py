@@ -107,7 +107,6 @@ class Connection:
         self._outbox: Outbox | None = None
         self._leaving: asyncio.Event = asyncio.Event()
         self._joined = False
-        self._said_hello = False
         self._run_ended = False
         self._said_waiting = False
         self._said_lost: type[LoscarError] | None = None
@@ -253,7 +252,6 @@ class Connection:
         opened = channel(target, self._options.security)
         call = opened.stream_stream(TRAIN)(metadata=call_metadata(self._options.security))
         outbox = self._outbox = Outbox()
-        self._said_hello = False
         self._send(self.engine.hello())
         tasks = [
             asyncio.create_task(self._read(call, min(patience_s, DEFAULT_LEASE_S)), name="read"),
@@ -263,7 +261,8 @@ class Connection:
         leaving = asyncio.create_task(self._leaving.wait(), name="leaving")
         try:
             await asyncio.wait([*tasks, leaving], return_when=asyncio.FIRST_COMPLETED)
-            if outbox.closing and (self._joined or self._said_hello):
+            reached = opened.get_state() is grpc.ChannelConnectivity.READY  # the hello may be there, or nearly
+            if outbox.closing and (self._joined or reached):
                 # The server ends the stream once it has read our goodbye; cancelling sooner could lose it.
                 await asyncio.wait(set(tasks[:2]), timeout=LEAVE_FLUSH_S)
             await self._raise_cause(call, tasks)
@@ -361,11 +360,8 @@ class Connection:
         def adapt() -> None:
             self.engine.message_bytes = outbox.rate.message_bytes(MESSAGE_BYTES)
 
-        def written(_: int) -> None:
-            self._said_hello = True
-
         try:
-            await outbox.write_all(call.write, written, adapt)
+            await outbox.write_all(call.write, lambda _: None, adapt)
             await call.done_writing()
         except (grpc.RpcError, asyncio.InvalidStateError):
             return  # the reader learns why

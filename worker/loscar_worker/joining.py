@@ -14,7 +14,7 @@ from loscar_core.errors import ConfigError
 from loscar_core.layout import Shard
 from loscar_core.merge import parse_rejoin
 from loscar_core.worker_engine import WorkerEngine
-from loscar_wire.transport import ClientSecurity, parse_address
+from loscar_wire.transport import ClientSecurity, parse_servers
 from loscar_worker.boundary import Companion, Pace, TrainingHalf, cycle_of
 from loscar_worker.connection import ConnectionOptions
 from loscar_worker.model import ModelView
@@ -25,21 +25,6 @@ from loscar_worker.session import Session
 def default_name() -> str:
     """A name that is this process's own: host and process id."""
     return f"{socket.gethostname()}-{os.getpid()}"
-
-
-def parse_servers(servers: str | Sequence[str]) -> tuple[tuple[str, ...], ...]:
-    """Addresses: of each shard, in order, those that are tried in turn.
-
-    Raises:
-        ConfigError: there is none, or one that is malformed.
-    """
-    if not isinstance(servers, str) and not servers:
-        raise ConfigError("no server given")
-    text = servers if isinstance(servers, str) else ",".join(servers)
-    shards = tuple(tuple(address.strip() for address in shard.split(",")) for shard in text.split(";"))
-    for address in (address for shard in shards for address in shard):
-        parse_address(address, "server")
-    return shards
 
 
 def join(

@@ -281,7 +281,12 @@ def declare(command: Declare) -> None:
     o.add_client(status)
 
     fetch = command("fetch", _fetch, "the model of a running server, or of one whose run is over, as a file")
-    fetch.add_argument("--server", metavar="HOST:PORT", default="127.0.0.1:50051")
+    fetch.add_argument(
+        "--server",
+        metavar="HOST:PORT[,HOST:PORT][;…]",
+        default="127.0.0.1:50051",
+        help="tried in turn; with ; between the servers of several shards, in order",
+    )
     fetch.add_argument("--out", metavar="FILE", type=Path, default=Path("model.safetensors"), help="write it here")
     fetch.add_argument("--json", action="store_true")
     o.add_client(fetch)
