@@ -25,7 +25,7 @@ test: $(VENV)/dev.stamp $(PROTO_VENV)/stamp
 	$(BIN)/python -m pytest -m "not long" --numprocesses $(JOBS) --dist worksteal $(ARGS)
 
 # What `make test` leaves out, for its length: browsers, examples, frameworks, systemd and Slurm; some minutes.
-test-long: $(VENV)/dev.stamp
+test-long: $(VENV)/long.stamp
 	$(BIN)/python -m pytest -m long $(ARGS)
 
 # A server and workers in containers: see docs/deploy.md. With ARGS=-v `down` removes the volumes too.
@@ -43,9 +43,10 @@ compose-test: $(VENV)/dev.stamp
 docs: $(VENV)/docs.stamp
 	$(BIN)/mkdocs build --strict $(ARGS)
 
-# About ten minutes, one after the other, since they measure; fetches a9a when it is not in the data folder.
-bench: $(VENV)/worker.stamp
-	status=0; for script in cli_start.py session_overhead.py main_job.py "a9a.py --download"; do \
+# About twenty-five minutes, one after the other, since they measure; fetches a9a when it is not in the data folder.
+bench: $(VENV)/dev.stamp
+	status=0; for script in cli_start.py session_overhead.py training_thread.py goodput.py averaging.py main_job.py \
+		"a9a.py --download"; do \
 		$(BIN)/python benchmarks/$$script || status=1; done; exit $$status
 
 # A run whose processes and links fail for a minute, and its audit; five seeds, about three minutes each.
@@ -97,6 +98,10 @@ $(VENV)/worker.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
 $(VENV)/dev.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@ $(VENV)/worker.stamp
+
+$(VENV)/long.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,ray]'
+	touch $@
 
 $(VENV)/docs.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'

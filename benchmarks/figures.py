@@ -18,6 +18,7 @@ README = RESULTS.parent.parent / "README.md"
 REPRODUCTION = RESULTS.parent.parent / "docs" / "reproduction.md"
 RELIABILITY = RESULTS.parent.parent / "docs" / "reliability.md"
 LOADTEST = RESULTS.parent.parent / "docs" / "loadtest.md"
+PERFORMANCE = RESULTS.parent.parent / "docs" / "performance.md"
 BEGIN, END = "<!-- figures: made by benchmarks/figures.py -->", "<!-- end of figures -->"
 
 
@@ -125,7 +126,8 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="compare instead of writing")
     check = parser.parse_args().check
     stale = []
-    for page, renew in ((README, updated), *((page, with_tables) for page in (REPRODUCTION, RELIABILITY, LOADTEST))):
+    tables = (REPRODUCTION, RELIABILITY, LOADTEST, PERFORMANCE)
+    for page, renew in ((README, updated), *((page, with_tables) for page in tables)):
         text = page.read_text(encoding="utf-8")
         new = renew(text)
         if new != text and check:

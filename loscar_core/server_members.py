@@ -189,7 +189,8 @@ class MemberTable:
                 raise ConfigError(f"slot {hello.slot} is outside 0..{self._limits.max_members - 1}")
             self._expire(now)
             holder = self._holder(hello.slot, hello.name)
-            if holder is not None and hello.epoch == 0:
+            # At further shards it is the one that shard 0 gave; who had it may not be forgotten here yet.
+            if holder is not None and hello.epoch == 0 and hello.shard.index == 0:
                 raise RefusedError(f"slot {hello.slot} belongs to {holder!r}")
 
     def _holder(self, slot: int, name: str) -> str | None:

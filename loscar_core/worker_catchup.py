@@ -6,7 +6,7 @@ import numpy as np
 
 from loscar_core.config import RunConfig
 from loscar_core.errors import MalformedError
-from loscar_core.messages import CatchUp, Partial, Purpose, Ready, StateOffer, VectorChunk
+from loscar_core.messages import CatchUp, Partial, Purpose, StateOffer, VectorChunk
 from loscar_core.plan import RoundKind, missed_coordinates
 from loscar_core.replica import Floats, Indices
 from loscar_core.server_catchup import RECENT_SENT, STREAM_VALUES
@@ -131,7 +131,7 @@ class WorkerCatchUp(WorkerRounds):
             self._settle(indices, old, new, statistics, long_absence)
             if self._former_at_work:
                 self._settle_former(told.base_round)
-        self._out.append(Emit(Ready(anchor.position)))
+        self._say_ready()
         if self._receiving is not None:
             self._announce(self._receiving)
         elif self.plan is not None and self.plan.kind is RoundKind.END:

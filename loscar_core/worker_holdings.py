@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from loscar_core.config import RunConfig
 from loscar_core.errors import MalformedError
 from loscar_core.layout import Layout, Shard
-from loscar_core.messages import CatchUp, Welcome
+from loscar_core.messages import CatchUp, Ready, Welcome
 from loscar_core.plan import Part, RoundPlan
 from loscar_core.replica import Floats, Indices, Replica, Where
-from loscar_core.worker_effects import WorkerEffect
+from loscar_core.worker_effects import Emit, WorkerEffect
 from loscar_core.worker_ledger import Ledger
 
 MESSAGE_BYTES = 1 << 18
@@ -90,6 +90,9 @@ class WorkerHoldings:
         self.elapsed_s = -1.0
         self._epoch_began_s = -1.0  # run time when the first round of `epoch` was opened here
         self.initialised = False
+        self.held_back = False
+        """Not to be waited for yet: see `let_count`."""
+        self._ready_held = False
         self.connected = False
         self.message_bytes = MESSAGE_BYTES
         self.bytes_up = 0
@@ -112,6 +115,20 @@ class WorkerHoldings:
     def _claimed_digest(self) -> int:
         """The anchor's digest; one that nobody shares while it waits for a refresh, which a new stream has to bring."""
         return self.anchor.digest ^ 0xFFFFFFFF if self._refresh_due else self.anchor.digest
+
+    def _say_ready(self) -> None:
+        if self.held_back:
+            self._ready_held = True
+        else:
+            self._out.append(Emit(Ready(self.anchor.position)))
+
+    def let_count(self) -> list[WorkerEffect]:
+        """Until this is called, a worker that is held back is no member that rounds wait for."""
+        self.held_back = False
+        if self._ready_held and self.connected and self._catching_up is None:
+            self._ready_held = False
+            self._say_ready()
+        return self._flush()
 
     def _configured(self) -> RunConfig:
         if self.config is None:

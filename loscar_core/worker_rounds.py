@@ -9,7 +9,7 @@ import numpy as np
 
 from loscar_core.config import FinalRound
 from loscar_core.errors import MalformedError, NonFiniteError, ReplicaDivergedError
-from loscar_core.messages import Answer, Commit, Contribution, Ready, Refresh
+from loscar_core.messages import Answer, Commit, Contribution, Refresh
 from loscar_core.plan import HISTORY_ROUNDS, HistoryEntry, RoundKind, RoundPlan, parts_of, slices
 from loscar_core.replica import Floats, Indices, Where, as_indices, size_of
 from loscar_core.selection import SelectionKind
@@ -237,7 +237,7 @@ class WorkerRounds(WorkerHoldings):
             if record is None and mask:
                 self._forget(_all_or(plan, where))
         if not complete and not self.observer:
-            self._out.append(Emit(Ready(anchor.position)))  # it may have been given up on: wait for it again
+            self._say_ready()  # it may have been given up on: wait for it again
 
     def _forget(self, indices: Indices | None, settles: int | None = None) -> None:
         """The model gives up what it has beyond the anchor, on some coordinates or on all (None)."""

@@ -50,6 +50,9 @@ def test_the_figures_are_those_of_the_results() -> None:
     module = load(ROOT / "benchmarks" / "figures.py")
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert text == module.updated(text), "run python benchmarks/figures.py"
+    for page in (module.REPRODUCTION, module.RELIABILITY, module.LOADTEST, module.PERFORMANCE):
+        text = page.read_text(encoding="utf-8")
+        assert text == module.with_tables(text), f"{page.name}: run python benchmarks/figures.py"
 
 
 def test_the_readme_shows_the_loop_of_the_docstring() -> None:

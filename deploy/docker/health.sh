@@ -10,7 +10,7 @@ server)
     exec loscar status --json --server "${LOSCAR_SERVER:-127.0.0.1:50051}" ${LOSCAR_PROBE:-} >/dev/null
     ;;
 worker)
-    for server in $(echo "${LOSCAR_SERVERS:-127.0.0.1:50051}" | tr , ' '); do
+    for server in $(echo "${LOSCAR_SERVERS:-127.0.0.1:50051}" | tr ',;' '  '); do
         loscar status --json --server "$server" ${LOSCAR_SECURITY:-} | python3 -c '
 import json, sys
 sys.exit(sys.argv[1] not in [member["name"] for member in json.loads(sys.stdin.read() or "{}").get("members", [])])

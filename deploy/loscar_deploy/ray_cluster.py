@@ -20,6 +20,14 @@ CONNECT_S = 5.0
 SCHEME = "ray://"
 
 
+def ray_errors() -> type[Exception]:
+    """What Ray's own errors are."""
+    from ray.exceptions import RayError
+
+    found: type[Exception] = RayError
+    return found
+
+
 @contextlib.contextmanager
 def connected(plan: RayPlan) -> Iterator[None]:
     """Be a driver of the cluster; at the end, whatever went wrong, leave nothing of it there.
@@ -43,7 +51,7 @@ def connected(plan: RayPlan) -> Iterator[None]:
         ray.init(plan.address, **options)
     except (ConnectionError, TimeoutError) as error:
         raise ConnectError(f"--on {plan.address}: no Ray cluster: {_first_line(error)}") from None
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, ray_errors()) as error:
         raise ConfigError(f"--on {plan.address}: {_first_line(error)}") from None
     _hush()
     try:

@@ -13,7 +13,7 @@ from loscar_core.errors import ConfigError, ConnectError, InterruptedRunError, W
 from loscar_deploy.client import Client, FetchedModel
 from loscar_deploy.options import RUN_OPTIONS
 from loscar_deploy.ray_actors import Order
-from loscar_deploy.ray_cluster import connected, fits, inventory
+from loscar_deploy.ray_cluster import connected, fits, inventory, ray_errors
 from loscar_deploy.ray_options import RayPlan, Resources
 from loscar_deploy.ray_process import START_S, ActorAwayError, ActorGoneError, Actors, RemoteProcess
 from loscar_deploy.run import TASK_OPTIONS, LocalRun, RunPlan, execute, flags_of
@@ -152,6 +152,8 @@ class RayRun(LocalRun):
         for part, place in zip(parts, found, strict=True):
             if isinstance(place, ActorGoneError):
                 raise ConfigError(f"{part.name} cannot be started on the cluster: {place}")
+            if isinstance(place, ray_errors()):
+                raise ConfigError(f"{part.name} cannot be started on the cluster: {str(place).splitlines()[0]}")
             if isinstance(place, BaseException):
                 raise place
             if place.version != ours:

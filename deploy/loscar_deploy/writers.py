@@ -187,7 +187,8 @@ class WeightsAndBiases:
                 project=os.environ.get("WANDB_PROJECT") or "loscar",
                 name=os.environ.get("WANDB_NAME") or run,
                 dir=str(folder),
-                settings=wandb.Settings(console="off"),  # it would capture the table of the run
+                # It would capture the table of the run, and send the command line, which may hold a token.
+                settings=wandb.Settings(console="off", x_disable_meta=True),
             )
         except wandb.Error as error:
             raise ConfigError(f"{OPTION} wandb cannot begin: {_line(error)}") from None

@@ -117,6 +117,8 @@ def parse_address(text: str, option: str) -> tuple[str, int]:
     """Host and port of HOST:PORT or [IPV6]:PORT; `option` names the source in the ConfigError otherwise."""
     if "://" in text:
         raise ConfigError(f"{option} {text!r}: expected HOST:PORT alone, without {text.partition('://')[0].strip()}://")
+    if "," in text or ";" in text:
+        raise ConfigError(f"{option} {text!r}: one HOST:PORT at a time here")
     host, colon, port_text = text.strip().rpartition(":")
     if host.startswith("[") and host.endswith("]"):
         host = host[1:-1]

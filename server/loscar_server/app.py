@@ -244,7 +244,7 @@ class ServerProcess:
         """Write a checkpoint off the loop, unless nothing has changed since the last one."""
         machine = self.service.machine
         if self._writing is not None:
-            await self._writing
+            await asyncio.wait({self._writing})  # not the task itself, which must not be cancelled
         if machine.replica is None or machine.replica.position == self._saved:
             return
         self._writing = asyncio.create_task(self._write(checkpoints), name="checkpoint")

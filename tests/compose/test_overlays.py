@@ -90,6 +90,7 @@ def test_a_model_over_two_servers(stacks: Callable[..., Stack]) -> None:
     assert back["run_id"] == before["run_id"]
     stack.rounds_go_on("shard")
     workers = [stack.container(service) for service in ("worker", "worker-slow")]
+    assert stack.execute(workers[0], "loscar-health", "worker").returncode == 0
     call("docker", "kill", "-s", "INT", stack.container("server"))
     assert [stack.ended(c) for c in (stack.container("server"), stack.container("shard"), *workers)] == [0, 0, 0, 0]
 

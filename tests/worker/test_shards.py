@@ -335,3 +335,68 @@ def test_parts_of_the_layout_make_the_whole(processes: Processes) -> None:
     session = sessions["w0"]
     assert joined([half.engine.layout for half in (session, *session.further)]) == session.layout
     session.close()
+
+
+def test_a_shard_that_is_away_at_the_end_is_told_when_it_is_back(processes: Processes) -> None:
+    flags = ("--density", "0.5", "--local-steps", "2")
+    servers = start(processes, 2, *flags, workers=1)
+    trainers = {"w0": Trainer(0)}
+    sessions = join_all(servers, trainers)
+    train(sessions, trainers, lambda: all(round_of(s) >= 3 for s in servers), "rounds go on")
+    servers[1].signal(signal.SIGKILL)
+    servers[1].wait()
+    session = sessions["w0"]
+
+    def finish() -> None:
+        while not session.finished:
+            trainers["w0"].step(session)
+
+    with ThreadPoolExecutor(1) as pool:
+        session.stop_run("enough")
+        finishing = pool.submit(finish)
+        wait_until(lambda: status_of(servers[0].address).phase == "finished", "shard 0's run is over")
+        assert not finishing.done()
+        servers[1] = processes.server(*shard_flags(1, 2, *flags, workers=1), listen=servers[1].address)
+        finishing.result(DEADLINE_S)
+    assert status_of(servers[1].address).phase == "finished"
+    session.close()
+
+
+def test_a_newcomer_does_not_hold_up_one_shard_while_another_is_away(processes: Processes) -> None:
+    flags = ("--density", "0.5", "--local-steps", "2")
+    servers = start(processes, 2, *flags, workers=1)
+    trainers = {"w0": Trainer(0)}
+    sessions = join_all(servers, trainers)
+    train(sessions, trainers, lambda: all(round_of(s) >= 3 for s in servers), "rounds go on")
+    servers[1].signal(signal.SIGKILL)
+    servers[1].wait()
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(loscar.join, addresses(servers), Trainer(1).model, name="w1")
+        there = lambda: any(m.name == "w1" for m in status_of(servers[0].address).members)  # noqa: E731
+        train(sessions, trainers, there, "the newcomer is at shard 0")
+        goal = round_of(servers[0]) + 10
+        train(sessions, trainers, lambda: round_of(servers[0]) >= goal, "rounds go on without it")
+        [newcomer] = [m for m in status_of(servers[0].address).members if m.name == "w1"]
+        assert newcomer.missed == 0, "it was waited for"
+        servers[1] = processes.server(*shard_flags(1, 2, *flags, workers=1), listen=servers[1].address)
+        train(sessions, trainers, coming.done, "it has joined both")
+        with coming.result() as session:
+            assert session.slot == 1
+    sessions["w0"].close()
+
+
+def test_a_worker_of_several_shards_hands_over_what_it_has(processes: Processes) -> None:
+    """As one that is told to leave: interrupted, and then it parts."""
+    servers = start(processes, 2, "--density", "0.3", "--local-steps", "2", workers=2)
+    trainers = {"w0": Trainer(0), "w1": Trainer(1)}
+    sessions = join_all(servers, trainers)
+    train(sessions, trainers, lambda: all(round_of(s) >= 3 for s in servers), "rounds go on")
+    sessions["w1"].interrupt()
+    with ThreadPoolExecutor(1) as pool:
+        parting = pool.submit(sessions["w1"].part, DEADLINE_S)
+        train({"w0": sessions["w0"]}, trainers, parting.done, "it has handed over what it has")
+        assert parting.result()
+    for half in (sessions["w1"], *sessions["w1"].further):
+        assert half.parted
+    for session in sessions.values():
+        session.close()

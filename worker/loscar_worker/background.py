@@ -150,6 +150,10 @@ class Background:
 
         return asyncio.run_coroutine_threadsafe(on_loop(), self._loop).result(CLOSE_S)
 
+    def let_count(self) -> None:
+        """The server may wait for this worker from now on."""
+        self._post(lambda: self.connection.carry_out(self.engine.let_count()))
+
     def stop_run(self, why: str) -> None:
         self._post(self.connection.stop_run, why)
 

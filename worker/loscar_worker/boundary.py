@@ -141,6 +141,7 @@ class TrainingHalf:
         self._max_steps: int | None = None
         self._unsent: NDArray[np.bool_] | None = None
         self._parting: Indices | None = None
+        self._parts_alone = True
         self._losses: deque[Tensor | float] = deque(maxlen=LOSSES_KEPT)
         self._loss: float | None = None
 
@@ -267,8 +268,17 @@ class TrainingHalf:
         """There will be no more steps: this worker takes part in every round at once."""
         self._cycle.part()
 
-    def start_parting(self) -> None:
-        """There will be no more steps: what this worker has not contributed yet goes out round by round."""
+    def let_count(self) -> None:
+        """From now on the server may wait for this worker: what it takes part in is there."""
+        self._background.let_count()
+
+    def start_parting(self, *, alone: bool = True) -> None:
+        """There will be no more steps: what this worker has not contributed yet goes out round by round.
+
+        Args:
+            alone: take part in no more rounds once all is out; otherwise in all that follow, as one who is waited for.
+        """
+        self._parts_alone = alone
         self.hurry()
         self._unsent = np.ones(self.engine.layout.dimension, np.bool_)
 
@@ -287,7 +297,7 @@ class TrainingHalf:
             the mailbox is newer than the version that comes with it.
         """
         box = self._background.mailbox
-        while not self.parted:
+        while not (self.finished or (self._parts_alone and self.parted)):
             if box.failure is not None:
                 self._background.raise_failure()
             with box.changed:  # one look: a round must not seem open before what it builds on is merged

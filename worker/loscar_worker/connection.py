@@ -7,6 +7,7 @@ channel, with jittered back-off, at the next address in turn. What must not be r
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 import time
@@ -137,9 +138,11 @@ class Connection:
                     self.round_trip_s = (time.monotonic_ns() - stamp_ns) / 1e9
                 case RoundOpen(plan=plan):
                     self._on_effect(effect)
-                    if is_worth_making_ahead(plan) and self.engine.config is not None:
+                    # With several shards they would displace each other's.
+                    if is_worth_making_ahead(plan) and self.engine.config is not None and self.engine.shard.count == 1:
                         seed, dimension = self.engine.config.seed, self.engine.layout.dimension
-                        asyncio.get_running_loop().run_in_executor(None, make_ahead, plan, seed, dimension)
+                        with contextlib.suppress(RuntimeError):  # the interpreter is about to end: no more threads
+                            asyncio.get_running_loop().run_in_executor(None, make_ahead, plan, seed, dimension)
                 case Update(round=round_) if round_ > 0:
                     if self._outbox is not None:
                         self._outbox.discard(round_)

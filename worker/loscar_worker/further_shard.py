@@ -66,8 +66,9 @@ class FurtherShard(TrainingHalf):
 
     def start(self) -> None:
         """Connect, as the worker that shard 0 has welcomed."""
-        first = self._first.engine
-        self.engine.run_id, self.engine.slot = first.run_id, first.slot
+        welcome = self._first.engine.welcome
+        assert welcome is not None
+        self.engine.run_id, self.engine.slot = welcome.run_id, welcome.slot
         self._background.start()
 
     def begin(self) -> None:

@@ -111,6 +111,7 @@ def join(
             slot=slot,
             shard=shard,
         )
+        engine.held_back = len(shards) > 1  # until all shards are there, none of them should wait for this worker
         halves.append((engine, ConnectionOptions(targets, security, connect_timeout_s, server_timeout_s)))
     session = Session(view, halves, pace, on_round=on_round, on_evaluation=on_evaluation, rejoin=parse_rejoin(rejoin))
     if companion is not None:

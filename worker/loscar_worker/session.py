@@ -131,6 +131,8 @@ class Session(TrainingHalf):
                 self._wait_for(lambda: all(half.mailbox.initial is not None for half in halves))
                 for half in halves:
                     half.take_over()
+            for half in halves:
+                half.let_count()
             boxes = [half.mailbox for half in halves]
             self._wait_for(lambda: all(box.open is not None or box.ended is not None for box in boxes))
             for half in halves:
@@ -220,12 +222,16 @@ class Session(TrainingHalf):
     def _end(self, ended: RunEnded) -> None:
         """The run is over for shard 0, and so it is for the others: they are told, and their last rounds waited for."""
         for shard in self.further:
-            shard.stop("the run is over at shard 0")
             shard.hurry()
-        while not self._interrupted:
+        while True:
             looks = [(shard.mailbox, shard.advance()[1]) for shard in self.further]
-            if all(shard.finished for shard in self.further):
+            unfinished = [shard for shard in self.further if not shard.finished]
+            if not unfinished:
                 break
+            if self._interrupted:
+                return  # without the consensus of all shards it is not over for this worker
+            for shard in unfinished:  # again and again: it may have been away, or have been killed since it was told
+                shard.stop("the run is over at shard 0")
             wait_changed(looks, WAIT_SLICE_S)
         for shard in self.further:
             shard.settle()
@@ -380,7 +386,9 @@ class Session(TrainingHalf):
                 import_worker(half.engine, json.loads(values["worker"]), arrays)
             self._whole.load_vector(state["live"].numpy())
             self._whole.load_statistics(state["live_statistics"].numpy())
-            self.name, self.steps = self.engine.name, state["steps"]
+            self.name = self.engine.name
+            for half in (self, *self.further):
+                half.steps = state["steps"]
             self._averages = state.get("averages", 0)
         except (AttributeError, LookupError, TypeError, ValueError) as error:
             raise ConfigError(f"state is not what Session.state_dict gave: {error!r}") from None
@@ -406,8 +414,9 @@ class Session(TrainingHalf):
             LoscarError: as `step`.
         """
         halves: tuple[TrainingHalf, ...] = (self, *self.further)
+        self._interrupted = False  # what has interrupted the training is why this is called
         for half in halves:
-            half.start_parting()
+            half.start_parting(alone=not self.further)
         end = time.monotonic() + timeout_s
         while True:
             _, looks = self._advance_all()

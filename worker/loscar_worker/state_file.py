@@ -75,8 +75,12 @@ def write_state(path: Path, state: dict[str, Any]) -> None:
 def note_resumption(path: Path, saved: dict[str, Any]) -> dict[str, Any]:
     """Write down who resumes from a state, before that is done; see `loscar_core.worker_state.resumed_as`. Raises
     OSError."""
-    values = resumed_as(json.loads(saved["session"]["worker"]), os.urandom(INCARNATION_BYTES))
-    noted = {**saved, "session": {**saved["session"], "worker": json.dumps(values)}}
+    incarnation, session = os.urandom(INCARNATION_BYTES), saved["session"]
+
+    def noted_in(half: dict[str, Any]) -> dict[str, Any]:
+        return {**half, "worker": json.dumps(resumed_as(json.loads(half["worker"]), incarnation))}
+
+    noted = {**saved, "session": {**noted_in(session), "further": [noted_in(h) for h in session.get("further", ())]}}
     write_state(path, noted)
     return noted
 
