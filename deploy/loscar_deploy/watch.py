@@ -27,6 +27,8 @@ LANE_S = 60
 MOST_LANES = 12
 MOST_ROWS = 32
 MOST_EVENTS = 6
+ROOMY_LINES = 40
+"""A terminal with fewer shows fewer events."""
 NAME_WIDTH = 20
 WORDS_WIDTH = 72
 """What there is to say about a worker beside its lane."""
@@ -80,7 +82,8 @@ class Watch:
         now = time.monotonic()
         self._history.add(look_of(reply, now))
         if self._live is not None:
-            self._live.update(view(self._history.since(0), self._console.size.width), refresh=True)
+            width, height = self._console.size
+            self._live.update(view(self._history.since(0), width, height), refresh=True)
         elif not self._quiet:
             for event in self._history.since(before)["events"]:
                 self._say(sentence(event))
@@ -92,19 +95,29 @@ class Watch:
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-def view(state: dict[str, Any], width: int) -> RenderableType:
+def view(state: dict[str, Any], width: int, height: int | None = None) -> RenderableType:
     """Everything, from what `History.since(0)` gives.
 
     Args:
         width: of the terminal, in characters.
+        height: its lines, or None for as many as it takes. Where they are few, workers' lanes go first, then older
+            events and the last rows: how the run is, who has gone and why is always there.
     """
-    parts = [_headline(state), *_lanes(state, width)]
-    if state["workers"]:
-        parts.append(_table(state, width))
+    head, foot = [_headline(state)], []
     if len(state["traffic"]) > 2:
-        parts.append(_traffic(state))
-    events = [Text(f"{_span(state['now_s'] - e['at_s'])} ago: {sentence(e)}") for e in state["events"][-MOST_EVENTS:]]
-    return Group(*parts, *reversed(events))
+        foot.append(_traffic(state))
+    events = MOST_EVENTS if height is None or height >= ROOMY_LINES else MOST_EVENTS // 2
+    latest = reversed(state["events"][-events:])
+    foot += [Text(f"{_span(state['now_s'] - e['at_s'])} ago: {sentence(e)}") for e in latest]
+    rows, lanes = min(MOST_ROWS, len(state["workers"])), MOST_LANES
+    if height is not None:
+        left = height - 1 - sum(-(-len(text.plain) // width) or 1 for text in (*head, *foot))
+        rows = max(0, min(rows, left - 2))
+        lanes = max(0, min(lanes, (left - rows - 4) // 2))
+    parts: list[RenderableType] = [*head, *_lanes(state, width, lanes)]
+    if rows:
+        parts.append(_table(state, width, rows))
+    return Group(*parts, *foot)
 
 
 def sentence(event: dict[str, Any]) -> str:
@@ -143,9 +156,9 @@ def _headline(state: dict[str, Any]) -> Text:
     return Text(" · ".join(pieces), style="bold")
 
 
-def _lanes(state: dict[str, Any], width: int) -> list[RenderableType]:
+def _lanes(state: dict[str, Any], width: int, most: int) -> list[RenderableType]:
     """Two lines a worker, as on the page: what its training thread did, and what the server has of it."""
-    shown = state["workers"][:MOST_LANES]
+    shown = state["workers"][:most]
     if not shown:
         return []
     names = min(NAME_WIDTH, max(len(w["name"]) for w in shown))
@@ -212,7 +225,7 @@ _COLUMNS: tuple[tuple[str, int], ...] = (
 _COLUMN_WIDTH = 10
 
 
-def _table(state: dict[str, Any], width: int) -> Table:
+def _table(state: dict[str, Any], width: int, rows: int) -> Table:
     room = max(0, (width - NAME_WIDTH) // _COLUMN_WIDTH)
     kept = [heading for heading, _ in _COLUMNS]
     for heading, rank in sorted(_COLUMNS, key=lambda c: -c[1]):
@@ -222,10 +235,10 @@ def _table(state: dict[str, Any], width: int) -> Table:
     table.add_column("worker", max_width=NAME_WIDTH, no_wrap=True)
     for heading in kept:
         table.add_column(heading, justify="left" if heading == "state" else "right", no_wrap=True)
-    for w in state["workers"][:MOST_ROWS]:
+    for w in state["workers"][:rows]:
         cells = _cells(w)
         table.add_row(Text(w["name"]), *(cells[heading] for heading in kept))
-    more = len(state["workers"]) - MOST_ROWS + state["hidden"]
+    more = len(state["workers"]) - rows + state["hidden"]
     if more > 0:
         table.caption = f"{more} more members are not shown one by one"
     return table

@@ -42,11 +42,11 @@ MEMBER = MemberLook(
 )  # fmt: skip
 
 
-def drawn(history: History, width: int = 160) -> str:
+def drawn(history: History, width: int = 160, height: int | None = None) -> str:
     """What somebody sees."""
     console = Console(width=width, force_terminal=False, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     with console.file:
-        console.print(view(history.since(0), width))
+        console.print(view(history.since(0), width, height))
     return console.export_text()
 
 
@@ -92,6 +92,36 @@ def test_a_lane_has_a_character_for_each_second(history: History) -> None:
     upper, lower = lines[1:3]
     assert re.match(r"w0 +▆{9} computing", upper), "three quarters of each second"
     assert ".+# .+# ." in lower, "the last nine looks, none awaited whole arriving by turns"
+
+
+@pytest.mark.parametrize("workers", [1, 3, 8, 30, 40])
+@pytest.mark.parametrize(("width", "height"), [(80, 24), (100, 30), (160, 50)])
+def test_it_fits_into_the_terminal(history: History, workers: int, width: int, height: int) -> None:
+    """Departures and traffic are there, however many workers are."""
+    members = tuple(
+        replace(MEMBER, peer=10 + i, name=f"worker-{i}", slot=i, heard_s=110.0, report=WorkerReport(steps=i))
+        for i in range(workers)
+    )
+    gone = Departure("[w1]", 1, Reason.STREAM_CLOSED, "the connection broke", 107.5, bytes(16))
+    history.add(
+        replace(
+            LOOK, at_s=110.0, elapsed_s=10.0, round=10, members=members, departures=(gone,), departed=1,
+            bytes_in=20_000_000, bytes_out=10_000_000,
+        )
+    )  # fmt: skip
+    left = replace(gone, name="worker-0", at_s=111.0)
+    history.add(
+        replace(
+            LOOK, at_s=111.0, elapsed_s=11.0, round=11, members=members[1:], departures=(gone, left), departed=2,
+            bytes_in=22_000_000, bytes_out=11_000_000,
+        )
+    )  # fmt: skip
+    lines = drawn(history, width, height).rstrip("\n").splitlines()
+    assert len(lines) <= height
+    assert any("traffic from workers" in line for line in lines)
+    assert any("left: stream-closed" in line for line in lines)
+    if workers > 1:
+        assert any(line.startswith("worker-1 ") and "active" in line for line in lines)
 
 
 def test_columns_that_have_no_room_are_left_out(history: History) -> None:

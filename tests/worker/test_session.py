@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import signal
 import socket
 import textwrap
@@ -467,3 +468,11 @@ def test_grpc_is_told_about_forks_before_it_is_imported(processes: Processes, fi
     process = processes.python("-c", script)
     assert process.wait() == 0, process.err
     assert process.out.strip() == "fork support: 0"
+
+
+def test_reconnecting_leaves_the_training_loops_randomness_alone() -> None:
+    """Its pauses are random, and a seeded loop goes on as if nothing had been tried."""
+    before = random.getstate()
+    with pytest.raises(ConnectError):
+        loscar.join("127.0.0.1:1", nn.Linear(2, 2), connect_timeout_s=0.8)
+    assert random.getstate() == before

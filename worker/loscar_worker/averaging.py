@@ -38,6 +38,8 @@ from loscar_wire.averages import (
 from loscar_wire.status import from_status
 from loscar_wire.transport import AVERAGE, ClientSecurity, call_metadata, channel
 
+_JITTER = random.Random()  # not the training loop's
+
 log = logging.getLogger("loscar.worker")
 
 FIRST_BACKOFF_S = 0.1
@@ -82,7 +84,7 @@ class Averaging:
                 if not self.answer.done():
                     self.answer.set_exception(SessionFailedError(f"the average {self._call.label!r} ended: {error!r}"))
                 raise
-            await asyncio.sleep(backoff * random.uniform(0.5, 1.5))
+            await asyncio.sleep(backoff * _JITTER.uniform(0.5, 1.5))
             backoff = min(MAX_BACKOFF_S, backoff * 2)
 
     async def _one_call(self, target: str) -> None:

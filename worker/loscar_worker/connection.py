@@ -56,6 +56,9 @@ from loscar_wire.transport import TRAIN, ClientSecurity, call_metadata, channel
 
 log = logging.getLogger("loscar.worker")
 
+_JITTER = random.Random()
+"""Its own, or reconnecting would change what a training loop draws from `random`."""
+
 FIRST_BACKOFF_S = 0.25
 MAX_BACKOFF_S = 10.0
 DEFAULT_HEARTBEAT_S = 2.0
@@ -212,7 +215,7 @@ class Connection:
                 since, backoff = time.monotonic(), FIRST_BACKOFF_S
             self._joined = self._joined or joined_before
             self._check_patience(since, target, cause)
-            pause = backoff * random.uniform(0.5, 1.5)
+            pause = backoff * _JITTER.uniform(0.5, 1.5)
             await self._pause(min(pause, self._patience_s(since, self._joined)))
             backoff = min(MAX_BACKOFF_S, backoff * 2)
 
