@@ -26,7 +26,7 @@ import grpc
 import psutil
 import uvloop
 
-from loscar_deploy.loadtest_echo import METHOD
+from loscar_deploy.loadtest_echo import METHOD, there_and_back
 from loscar_wire.transport import CLIENT_OPTIONS
 
 TARGET = 0.85
@@ -125,22 +125,12 @@ async def echo_client(port: str, coordinates: int, rounds: int) -> None:
     channel = grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=CLIENT_OPTIONS)
     call: Any = channel.stream_stream(METHOD)()
 
-    async def round_() -> None:
-        async def send() -> None:
-            for payload in payloads:
-                await call.write(payload)
-
-        sending = asyncio.create_task(send())
-        for _ in payloads:
-            await call.read()
-        await sending
-
-    await round_()
+    await there_and_back(call, payloads)
     print("ready", flush=True)
     await asyncio.to_thread(sys.stdin.readline)
     began = time.monotonic()
     for _ in range(rounds):
-        await round_()
+        await there_and_back(call, payloads)
     print(json.dumps({"began": began, "ended": time.monotonic()}), flush=True)
     call.cancel()
     await channel.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import grpc
@@ -31,6 +32,19 @@ async def _serve() -> None:
     print(port, flush=True)
     await asyncio.to_thread(sys.stdin.read)
     await server.stop(grace=None)
+
+
+async def there_and_back(call: Any, payloads: Sequence[bytes]) -> None:
+    """Send messages to the echo while reading what comes back, until all of them have."""
+
+    async def send() -> None:
+        for payload in payloads:
+            await call.write(payload)
+
+    sending = asyncio.create_task(send())
+    for _ in payloads:
+        await call.read()
+    await sending
 
 
 async def echo_cost(streams: int, messages: list[int], rounds: int) -> tuple[float, list[float]]:
@@ -63,15 +77,7 @@ async def echo_cost(streams: int, messages: list[int], rounds: int) -> tuple[flo
 
         async def one(call: Any) -> float:
             started = time.perf_counter()
-
-            async def send() -> None:
-                for payload in payloads:
-                    await call.write(payload)
-
-            sending = asyncio.create_task(send())
-            for _ in payloads:
-                await call.read()
-            await sending
+            await there_and_back(call, payloads)
             return time.perf_counter() - started
 
         await asyncio.gather(*map(one, calls))  # connections are made, buffers have grown

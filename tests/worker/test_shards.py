@@ -337,14 +337,22 @@ def test_parts_of_the_layout_make_the_whole(processes: Processes) -> None:
     session.close()
 
 
-def test_a_shard_that_is_away_at_the_end_is_told_when_it_is_back(processes: Processes) -> None:
-    flags = ("--density", "0.5", "--local-steps", "2")
-    servers = start(processes, 2, *flags, workers=1)
+HALVES = ("--density", "0.5", "--local-steps", "2")
+
+
+def without_shard_1(processes: Processes) -> tuple[list[Server], dict[str, Trainer], dict[str, Session]]:
+    """A worker in the middle of a run over two servers, the second of which has just been killed."""
+    servers = start(processes, 2, *HALVES, workers=1)
     trainers = {"w0": Trainer(0)}
     sessions = join_all(servers, trainers)
     train(sessions, trainers, lambda: all(round_of(s) >= 3 for s in servers), "rounds go on")
     servers[1].signal(signal.SIGKILL)
     servers[1].wait()
+    return servers, trainers, sessions
+
+
+def test_a_shard_that_is_away_at_the_end_is_told_when_it_is_back(processes: Processes) -> None:
+    servers, trainers, sessions = without_shard_1(processes)
     session = sessions["w0"]
 
     def finish() -> None:
@@ -356,20 +364,14 @@ def test_a_shard_that_is_away_at_the_end_is_told_when_it_is_back(processes: Proc
         finishing = pool.submit(finish)
         wait_until(lambda: status_of(servers[0].address).phase == "finished", "shard 0's run is over")
         assert not finishing.done()
-        servers[1] = processes.server(*shard_flags(1, 2, *flags, workers=1), listen=servers[1].address)
+        servers[1] = processes.server(*shard_flags(1, 2, *HALVES, workers=1), listen=servers[1].address)
         finishing.result(DEADLINE_S)
     assert status_of(servers[1].address).phase == "finished"
     session.close()
 
 
 def test_a_newcomer_does_not_hold_up_one_shard_while_another_is_away(processes: Processes) -> None:
-    flags = ("--density", "0.5", "--local-steps", "2")
-    servers = start(processes, 2, *flags, workers=1)
-    trainers = {"w0": Trainer(0)}
-    sessions = join_all(servers, trainers)
-    train(sessions, trainers, lambda: all(round_of(s) >= 3 for s in servers), "rounds go on")
-    servers[1].signal(signal.SIGKILL)
-    servers[1].wait()
+    servers, trainers, sessions = without_shard_1(processes)
     with ThreadPoolExecutor(1) as pool:
         coming = pool.submit(loscar.join, addresses(servers), Trainer(1).model, name="w1")
         there = lambda: any(m.name == "w1" for m in status_of(servers[0].address).members)  # noqa: E731
@@ -378,7 +380,7 @@ def test_a_newcomer_does_not_hold_up_one_shard_while_another_is_away(processes: 
         train(sessions, trainers, lambda: round_of(servers[0]) >= goal, "rounds go on without it")
         [newcomer] = [m for m in status_of(servers[0].address).members if m.name == "w1"]
         assert newcomer.missed == 0, "it was waited for"
-        servers[1] = processes.server(*shard_flags(1, 2, *flags, workers=1), listen=servers[1].address)
+        servers[1] = processes.server(*shard_flags(1, 2, *HALVES, workers=1), listen=servers[1].address)
         train(sessions, trainers, coming.done, "it has joined both")
         with coming.result() as session:
             assert session.slot == 1
