@@ -21,6 +21,7 @@ from loscar_core.config import FinalRound, RunConfig
 from loscar_core.merge import MergeKind
 from loscar_core.methods import parse_method, settle
 from loscar_core.selection import SelectionKind
+from loscar_core.values import ValueType
 from loscar_deploy.link_spec import LinkSpec
 from loscar_deploy.simulate import Simulation, SimulationPlan, SimulationResult
 from loscar_worker.model import ModelView
@@ -58,17 +59,21 @@ def simulate(
     step_s: Sequence[float] | None = None,
     link: str = "none",
     train_loss: bool = True,
+    value_type: str = "float32",
+    evaluate_every: int = 0,
 ) -> Outcome:
     """Run to the end and test the average of the live models; there is no final round."""
     config = RunConfig(
         seed=seed,
         density=density,
         selection=SelectionKind(selection),
+        value_type=ValueType(value_type),
         merge=MergeKind(merge),
         local_steps=local_steps,
         overlap_steps=overlap_steps,
         rounds=rounds,
         final_round=FinalRound.NONE,
+        evaluate_every=evaluate_every,
     )
     links = (LinkSpec.parse(link),) * workers
     result = Simulation(SimulationPlan(task, config, workers, links, tuple(step_s or [1.0] * workers), partition)).run()

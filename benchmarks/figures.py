@@ -98,15 +98,17 @@ def updated(text: str) -> str:
 
 
 def result_table(name: str) -> str:
-    """A result's table and verdict in Markdown."""
+    """A result's table and verdict in Markdown; NAME.TABLE is a further table of a result, without a verdict."""
+    name, _, further = name.partition(".")
     path = RESULTS / f"{name}.json"
     if not path.exists():
         return "Not measured yet."
     result = load(name)
-    headings, rows = result["table"]["headings"], result["table"]["rows"]
+    chosen = result["tables"][further] if further else result["table"]
+    headings, rows = chosen["headings"], chosen["rows"]
     lines = [headings, ["---"] * len(headings), *rows]
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    if result.get("targets") == {}:
+    if further or result.get("targets") == {}:
         return table
     verdict = "The target is met." if result["met"] else "**The target is missed.**"
     return f"{table}\n\n{verdict}"
@@ -118,7 +120,7 @@ def with_tables(text: str) -> str:
     def block(match: re.Match[str]) -> str:
         return f"<!-- table: {match[1]} -->\n\n{result_table(match[1])}\n\n<!-- end of table -->"
 
-    return re.sub(r"<!-- table: (\w+) -->.*?<!-- end of table -->", block, text, flags=re.DOTALL)
+    return re.sub(r"<!-- table: ([\w.]+) -->.*?<!-- end of table -->", block, text, flags=re.DOTALL)
 
 
 def main() -> int:

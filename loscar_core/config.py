@@ -80,12 +80,16 @@ class RunConfig:
         count_for(self.density, 1)  # refuses a density outside (0, 1]
         if self.coordinates is not None and self.coordinates < 1:
             raise ConfigError(f"coordinates {self.coordinates}: at least 1 is needed")
-        if self.selection in (SelectionKind.TOPK, SelectionKind.HEAD, SelectionKind.TAIL):
+        if self.selection in (SelectionKind.HEAD, SelectionKind.TAIL):
             raise ConfigError(
-                f"selection {self.selection.value} is not available on this server: use sweep, random, block or all"
+                f"selection {self.selection.value} is not available on this server: use sweep, random, block, topk or "
+                "all"
             )
         if self.dependent != 0 and not 2 <= self.dependent <= MOST_VECTORS:
             raise ConfigError(f"dependent {self.dependent} is neither 0 nor in 2..{MOST_VECTORS}")
+        if self.dependent and self.selection is SelectionKind.TOPK:
+            name = self.method.partition(":")[0]
+            raise ConfigError(f"method {name} averages in pairs of rounds, each with a part of its own: not with topk")
         if self.dependent and self.shard.count > 1:
             name = self.method.partition(":")[0]
             raise ConfigError(f"method {name} averages in pairs of rounds, which takes one server: leave --shard out")
@@ -181,3 +185,12 @@ class ServerLimits:
                 raise ConfigError(f"{name} {getattr(self, name)} is negative")
         if self.heartbeat_s * 2 > self.lease_s:
             raise ConfigError(f"a lease of {self.lease_s} s needs heartbeats at least every {self.lease_s / 2} s")
+
+
+def require_fit(config: RunConfig, limits: ServerLimits) -> None:
+    """Raises ConfigError for a run that a server with these limits cannot hold."""
+    if config.selection is SelectionKind.TOPK and limits.aggregate is not Aggregate.MEAN:
+        raise ConfigError(
+            f"aggregate {limits.aggregate} with selection topk: workers that select for themselves have no coordinates "
+            "in common to take it over; use the mean, or another selection"
+        )

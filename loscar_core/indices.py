@@ -31,6 +31,10 @@ from loscar_core.errors import MalformedError
 
 MAX_SPAN: Final = 1 << 32
 _MAX_PARAMETER: Final = 31
+# Indices that are worked on at a time: what one pass over them has written is still in the cache for the next.
+# A multiple of 8, so that blocks begin with whole bytes of a bit plane.
+_BLOCK: Final = 1 << 13
+_STEPS: Final = np.arange(_BLOCK + 8, dtype=np.int64)
 
 
 class IndexCoding(Enum):
@@ -53,15 +57,17 @@ def encode_indices(indices: NDArray[np.int64], span: int, coding: IndexCoding = 
     if int(indices[0]) < 0 or int(indices[-1]) >= span:
         raise MalformedError(f"an index lies outside [0, {span})")
     # After this check of the ends, increasing order places all others inside as well.
-    gaps = np.empty(indices.size, dtype=np.int64)
+    gaps = np.empty(indices.size, dtype=np.uint32)
     gaps[0] = indices[0]
-    np.subtract(indices[1:], indices[:-1], out=gaps[1:])
-    gaps[1:] -= 1
-    if int(gaps.min()) < 0:
-        raise MalformedError("indices are not strictly increasing")
+    for start in range(1, indices.size, _BLOCK):
+        stop = min(start + _BLOCK, indices.size)
+        differences = indices[start:stop] - indices[start - 1 : stop - 1]
+        if int(differences.min()) < 1:
+            raise MalformedError("indices are not strictly increasing")
+        np.subtract(differences, 1, out=gaps[start:stop], casting="unsafe")
     if coding is IndexCoding.PLAIN:
         return indices.astype("<u4").tobytes()
-    return _encode_gaps(gaps.astype(np.uint32))
+    return _encode_gaps(gaps)
 
 
 def decode_indices(
@@ -97,19 +103,34 @@ def _encode_gaps(gaps: NDArray[np.uint32]) -> bytes:
     parameter = _best_parameter(gaps)
     fields = [bytes((parameter,))]
     whole = parameter // 8
-    if whole:
-        octets = gaps.astype("<u4", copy=False).view(np.uint8).reshape(-1, 4)
-        fields.extend(octets[:, plane].tobytes() for plane in range(whole))
-    for bit in range(8 * whole, parameter):
-        plane_bits = (gaps >> np.uint32(bit)).astype(np.uint8)
-        plane_bits &= np.uint8(1)
-        fields.append(np.packbits(plane_bits, bitorder="little").tobytes())
-    ends = np.cumsum(gaps >> np.uint32(parameter), dtype=np.int64)
-    ends += np.arange(gaps.size, dtype=np.int64)
-    unary = np.zeros(int(ends[-1]) + 1, dtype=np.uint8)
-    unary[ends] = 1
-    fields.append(np.packbits(unary, bitorder="little").tobytes())
+    octets = gaps.astype("<u4", copy=False).view(np.uint8).reshape(-1, 4)
+    fields.extend(octets[:, plane].tobytes() for plane in range(whole))
+    if parameter % 8:
+        top = np.ascontiguousarray(octets[:, whole])
+        # A byte that is not zero is packed as a one bit.
+        masks = (np.uint8(1 << bit) for bit in range(parameter % 8))
+        fields.extend(np.packbits(top & mask, bitorder="little").tobytes() for mask in masks)
+    fields.append(_encode_quotients(gaps, parameter))
     return b"".join(fields)
+
+
+def _encode_quotients(gaps: NDArray[np.uint32], parameter: int) -> bytes:
+    """The last field: for every gap as many zero bits as its quotient, and a one bit."""
+    packed: list[bytes] = []
+    begun, bits = 0, 0  # the byte that the last block left unfinished, and how many bits it has
+    for start in range(0, gaps.size, _BLOCK):
+        ends = np.cumsum(gaps[start : start + _BLOCK] >> np.uint32(parameter), dtype=np.int64)
+        ends += _STEPS[bits : bits + ends.size]
+        unary = np.zeros(int(ends[-1]) + 1, dtype=np.uint8)
+        unary[ends] = 1
+        octets = np.packbits(unary, bitorder="little")
+        octets[0] |= begun
+        bits = unary.size % 8
+        begun = int(octets[-1]) if bits else 0
+        packed.append(octets[: unary.size // 8].tobytes())
+    if bits:
+        packed.append(bytes((begun,)))
+    return b"".join(packed)
 
 
 def _best_parameter(gaps: NDArray[np.uint32]) -> int:
@@ -122,7 +143,10 @@ def _best_parameter(gaps: NDArray[np.uint32]) -> int:
     middle = max(0, mean.bit_length() - 1)
 
     def bits(parameter: int) -> int:
-        quotients = int((gaps >> np.uint32(parameter)).sum(dtype=np.int64))
+        quotients = sum(
+            int((gaps[start : start + _BLOCK] >> np.uint32(parameter)).sum(dtype=np.int64))
+            for start in range(0, gaps.size, _BLOCK)
+        )
         return gaps.size * (parameter + 1) + quotients
 
     best, fewest = middle, bits(middle)
@@ -150,48 +174,74 @@ def _decode_gaps(raw: NDArray[np.uint8], count: int, span: int) -> NDArray[np.in
         raise MalformedError(f"{raw.size} bytes cannot hold {count} indices in [0, {span})")
     if raw[-1] == 0:
         raise MalformedError("coded indices end in an empty byte")
-    unary = np.unpackbits(raw[unary_start:], bitorder="little").view(np.bool_)
-    ends = np.flatnonzero(unary)
-    if ends.size != count:
-        raise MalformedError(f"coded indices hold {ends.size} of {count} indices")
+    indices = _decode_ends(raw[unary_start:], count)
+    _check_padding(raw, count, 1 + whole * count, planes)
     # With ends[i] = q_0 + .. + q_i + i, the indices are the running sum of the gaps plus i: the quotients'
     # share of it is (ends[i] - i) << r, and only the remainders are left to be summed up.
-    steps = np.arange(count, dtype=np.int64)
-    indices = ends.astype(np.int64)
-    indices -= steps
-    indices <<= parameter
-    indices += steps
-    if parameter:
-        indices += np.cumsum(_decode_remainders(raw, count, whole, planes, plane_size), dtype=np.int64)
+    total = 0
+    for start in range(0, count, _BLOCK):
+        block = indices[start : start + _BLOCK]
+        steps = _STEPS[: block.size]
+        block -= start
+        block -= steps
+        block <<= parameter
+        block += steps
+        if parameter:
+            sums = np.cumsum(_remainders(raw, count, start, block.size, parameter), dtype=np.int64)
+            block += sums
+            block += start + total
+            total += int(sums[-1])
+        else:
+            block += start
     if int(indices[-1]) >= span:
         raise MalformedError(f"index {int(indices[-1])} lies outside [0, {span})")
     return indices
 
 
-def _decode_remainders(
-    raw: NDArray[np.uint8], count: int, whole: int, planes: int, plane_size: int
-) -> NDArray[np.uint32]:
-    remainders = np.zeros(count, dtype=np.uint32)
-    start = 1
+def _check_padding(raw: NDArray[np.uint8], count: int, start: int, planes: int) -> None:
+    """Raises MalformedError where one of the bit planes from `start` on has a bit set beyond the last element."""
+    size = -(-count // 8)
+    for plane in range(1, planes + 1):
+        if int(raw[start + plane * size - 1]) >> (8 - (8 * size - count)):
+            raise MalformedError("padding bits of coded indices are set")
+
+
+def _decode_ends(field: NDArray[np.uint8], count: int) -> NDArray[np.int64]:
+    """Where the `count` one bits of the last field are. Raises MalformedError for another number of them."""
+    ends = np.empty(count, dtype=np.int64)
+    found = 0
+    for start in range(0, field.size, _BLOCK // 4):
+        unary = np.unpackbits(field[start : start + _BLOCK // 4], bitorder="little").view(np.bool_)
+        here = np.flatnonzero(unary)
+        if found + here.size <= count:
+            np.add(here, 8 * start, out=ends[found : found + here.size])
+        found += here.size
+    if found != count:
+        raise MalformedError(f"coded indices hold {found} of {count} indices")
+    return ends
+
+
+def _remainders(raw: NDArray[np.uint8], count: int, start: int, size: int, parameter: int) -> NDArray[np.uint32]:
+    """The lowest `parameter` bits, at least one, of `size` gaps from the gap `start` on, a multiple of 8."""
+    whole, planes = parameter // 8, parameter % 8
+    remainders: NDArray[np.uint32] | None = None
     for plane in range(whole):
-        octets = raw[start : start + count].astype(np.uint32)
+        at = 1 + plane * count + start
+        octets = raw[at : at + size].astype(np.uint32)
         octets <<= np.uint32(8 * plane)
-        remainders |= octets
-        start += count
+        remainders = octets if remainders is None else np.bitwise_or(remainders, octets, out=remainders)
     if planes:
-        padding = 8 * plane_size - count
-        top = np.zeros(count, dtype=np.uint8)
+        top: NDArray[np.uint8] | None = None
         for plane in range(planes):
-            packed = raw[start : start + plane_size]
-            if int(packed[-1]) >> (8 - padding):
-                raise MalformedError("padding bits of coded indices are set")
-            plane_bits = np.unpackbits(packed, count=count, bitorder="little")
-            plane_bits <<= np.uint8(plane)
-            top |= plane_bits
-            start += plane_size
+            at = 1 + whole * count + plane * -(-count // 8) + start // 8
+            bits = np.unpackbits(raw[at : at + -(-size // 8)], count=size, bitorder="little")
+            bits <<= np.uint8(plane)
+            top = bits if top is None else np.bitwise_or(top, bits, out=top)
+        assert top is not None
         shifted = top.astype(np.uint32)
         shifted <<= np.uint32(8 * whole)
-        remainders |= shifted
+        remainders = shifted if remainders is None else np.bitwise_or(remainders, shifted, out=remainders)
+    assert remainders is not None
     return remainders
 
 

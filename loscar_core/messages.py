@@ -140,7 +140,7 @@ class Contribution:
         checksum: of the selection, see `RoundPlan.checksum`.
         local_steps: optimizer steps taken since the last snapshot; with the first slice of part 0 only.
         overlap_steps: steps between the previous snapshot and its merge; likewise.
-        indices, base, coding: see `loscar_core.sparse_delta`; not used with a seeded selection.
+        indices, base, coding, total: see `loscar_core.sparse_delta`; not used with a seeded selection.
     """
 
     epoch: int
@@ -154,6 +154,7 @@ class Contribution:
     indices: bytes = b""
     base: int = 0
     coding: IndexCoding | None = None
+    total: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +167,7 @@ class WorkerReport:
         idle_s: seconds in which the training thread waited for the service.
         run_s: seconds since t = 0 as the worker saw it.
         sent, included, returned: contributions by outcome.
-        bytes_up, bytes_down: payload bytes (values) sent and received.
+        bytes_up, bytes_down: payload bytes (values, and indices that travel with them) sent and received.
         round_trip_s: the last heartbeat's time to the server and back, or None before the first answer.
     """
 
@@ -371,7 +372,7 @@ class Answer:
         round, part, offset: as in `Contribution`.
         values: encoded values.
         included: with the first slice: the slots in the sum, one bit each.
-        indices, base, coding: see `loscar_core.sparse_delta`; not used with a seeded selection.
+        indices, base, coding, total: see `loscar_core.sparse_delta`; not used with a seeded selection.
     """
 
     round: int
@@ -382,6 +383,7 @@ class Answer:
     indices: bytes = b""
     base: int = 0
     coding: IndexCoding | None = None
+    total: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,8 +4,9 @@ A plan is announced with the answer of the round before, so a worker never asks.
 (seed, round, plan) alone and cost no bytes.
 
 A *part* is the unit of closing: 2^18 selected positions, so that a long round is summed and answered in a pipeline.
-A *message* is a slice of one part. Statistics, when a model has them, are further parts of every round: sent whole
-as float32 and answered with their mean.
+Where each worker selects for itself (an *explicit* selection), it is 2^22 coordinates of the range, whatever is sent
+of them. A *message* is a slice of one part. Statistics, when a model has them, are further parts of every round: sent
+whole as float32 and answered with their mean.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ from loscar_core.values import INT8_RUN, ValueType
 
 PART_POSITIONS = 1 << 18
 """Selected positions in one part: 1 MiB of float32."""
+
+EXPLICIT_SPAN = 1 << 22
+"""Coordinates in one part of a round with an explicit selection."""
 
 HISTORY_ROUNDS = 256
 """Committed rounds whose plans and digests are remembered, so that short absences are caught up cheaply."""
@@ -65,7 +69,7 @@ class RoundPlan:
         round: its number, from 1.
         kind: what it is for.
         selection: how its coordinates are chosen.
-        count: K, how many (for END: 0).
+        count: K, how many (for END: 0); with an explicit selection how many each worker sends.
         value_type: what a value is on the wire.
     """
 
@@ -74,6 +78,11 @@ class RoundPlan:
     selection: SelectionKind
     count: int
     value_type: ValueType
+
+    @property
+    def explicit(self) -> bool:
+        """Each worker selects for itself, so that indices travel; the answer has the union of what was sent."""
+        return self.selection is SelectionKind.TOPK
 
     def indices(self, seed: int, dimension: int) -> NDArray[np.int64]:
         """The selected coordinates, ascending; K int64.
@@ -84,9 +93,10 @@ class RoundPlan:
         return _last_selection(self.selection, seed, self.round, dimension, self.count)
 
     def where(self, seed: int, dimension: int) -> NDArray[np.int64] | slice:
-        """The same, as a range of coordinates where they are one: nothing is made of the size of the model."""
+        """The same, as a range of coordinates where they are one: nothing is made of the size of the model. With an
+        explicit selection everything that can be chosen from."""
         match self.selection:
-            case SelectionKind.ALL:
+            case SelectionKind.ALL | SelectionKind.TOPK:
                 return slice(0, dimension)
             case SelectionKind.HEAD:
                 return slice(0, self.count)
@@ -98,6 +108,13 @@ class RoundPlan:
     def size(self, seed: int, dimension: int) -> int:
         """Exactly how many coordinates `indices` returns (a sweep's slices and last blocks differ a little)."""
         return selection_size(self.selection, seed, self.round, dimension, self.count)
+
+    def parts(self, seed: int, dimension: int, statistics: int = 0) -> tuple[Part, ...]:
+        """How the round is cut, with a statistics vector of that size: see `parts_of`. The parts of an explicit
+        selection are ranges of coordinates."""
+        if self.explicit:
+            return parts_of(dimension, statistics, EXPLICIT_SPAN)
+        return parts_of(self.size(seed, dimension), statistics)
 
     def checksum(self, seed: int, dimension: int) -> int:
         """32 bits that two sides share only when they select the same coordinates."""
@@ -139,8 +156,11 @@ def plan_round(config: RunConfig, dimension: int, round_: int, *, stopping: bool
         if is_dependent(config, round_):
             return RoundPlan(round_, kind, SelectionKind.TAIL, dimension - head, config.value_type)
         return RoundPlan(round_, kind, SelectionKind.HEAD, head, config.value_type)
-    count = dimension if config.selection is SelectionKind.ALL else config.count(dimension)
-    return RoundPlan(round_, kind, config.selection, count, config.value_type)
+    selection = config.selection
+    count = dimension if selection is SelectionKind.ALL else config.count(dimension)
+    if selection is SelectionKind.TOPK and count == dimension:
+        selection = SelectionKind.ALL  # the largest of everything is everything: no index has to travel
+    return RoundPlan(round_, kind, selection, count, config.value_type)
 
 
 def is_dependent(config: RunConfig, round_: int) -> bool:
@@ -172,16 +192,19 @@ class Part:
         return self.stop - self.start
 
 
-def parts_of(selected: int, statistics: int = 0) -> tuple[Part, ...]:
+def parts_of(selected: int, statistics: int = 0, step: int | None = None) -> tuple[Part, ...]:
     """How a round of `selected` coordinates and a statistics vector is cut.
+
+    Args:
+        step: coordinates of one part, or None for as many as usual; statistics are cut as usual.
 
     Returns:
         The parts by index: those of the selection first, then those of the statistics.
     """
     parts: list[Part] = []
-    for total, is_statistics in ((selected, False), (statistics, True)):
-        for start in range(0, total, PART_POSITIONS):
-            parts.append(Part(len(parts), start, min(start + PART_POSITIONS, total), is_statistics))
+    for total, is_statistics, size in ((selected, False, step or PART_POSITIONS), (statistics, True, PART_POSITIONS)):
+        for start in range(0, total, size):
+            parts.append(Part(len(parts), start, min(start + size, total), is_statistics))
     return tuple(parts)
 
 
@@ -237,7 +260,8 @@ def missed_coordinates(seed: int, dimension: int, plans: tuple[RoundPlan, ...] |
     """U, the union of the selections of missed rounds, or None for all coordinates.
 
     All is also the answer when the union would not be clearly smaller, or too long to be sent in one go: a partial
-    catch-up has to reach the member before the next commit does.
+    catch-up has to reach the member before the next commit does; and when one of the rounds had an explicit selection,
+    which nobody can compute who was not there.
 
     Raises:
         MalformedError: when a plan asks for more coordinates than there are.
@@ -249,6 +273,7 @@ def missed_coordinates(seed: int, dimension: int, plans: tuple[RoundPlan, ...] |
         if plan.count > dimension:
             raise MalformedError(f"round {plan.round} selects {plan.count} of {dimension} coordinates")
         total += plan.count
-        if plan.selection is SelectionKind.ALL or total * 2 > dimension or total > MAX_PARTIAL_CATCH_UP:
+        everything = plan.explicit or plan.selection is SelectionKind.ALL
+        if everything or total * 2 > dimension or total > MAX_PARTIAL_CATCH_UP:
             return None
     return union([plan.indices(seed, dimension) for plan in plans])

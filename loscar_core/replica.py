@@ -2,7 +2,7 @@
 
 Both sides commit rounds with the same float32 operations in the same order, so the copies are equal bit for bit.
 The digest chain proves that in O(K) a round: digest_r = crc32(digest_{r−1} ‖ bytes of c[S_r] after the round ‖
-bytes of the statistics after it).
+bytes of the statistics after it). Before those of c[S_r] come the bytes of S_r where it follows from no seed.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def checksum_of(vector: Floats, statistics: Floats) -> int:
     return crc32(_bytes(statistics), crc32(_bytes(vector)))
 
 
-def _bytes(values: Floats) -> memoryview:
+def _bytes(values: Floats | Indices) -> memoryview:
     # A view of no elements cannot be cast.
     return np.ascontiguousarray(values).data.cast("B") if values.size else memoryview(b"")
 
@@ -139,9 +139,12 @@ class Replica:
         """The digest after a round of this state, or None when it is not remembered."""
         return self.digest if position == self.position else self.history.digest_at(position)
 
-    def next_digest(self, values: Floats, statistics: Floats | None) -> int:
-        """The digest after a round that leaves `values` on its selection."""
-        digest = crc32(_bytes(values), self.digest)
+    def next_digest(self, plan: RoundPlan, where: Where, values: Floats, statistics: Floats | None) -> int:
+        """The digest after a round that leaves `values` at `where`."""
+        digest = self.digest
+        if plan.explicit:  # else the contributions' checksum says where
+            digest = crc32(_bytes(as_indices(where).astype("<i8", copy=False)), digest)
+        digest = crc32(_bytes(values), digest)
         return digest if statistics is None else crc32(_bytes(statistics), digest)
 
     def slice_by_value(self, indices: Indices | None, start: int, stop: int) -> Floats:

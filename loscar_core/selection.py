@@ -37,6 +37,8 @@ _INFINITY_BITS: Final = 0x7F800000
 # From here on, and for a small share of the values, top_k first discards what a sample shows to be too small.
 _SAMPLED_FROM: Final = 1 << 16
 _SAMPLE_STRIDE: Final = 61
+# So many values are widened to be counted; more than there are numbers to count.
+_COUNTED_AT_A_TIME: Final = 1 << 20
 # A dense enough selection is put in order by a mask of the whole range, of at most so many bytes per index.
 _BYTES_PER_INDEX: Final = 32
 
@@ -180,14 +182,10 @@ def top_k(values: NDArray[np.float32], count: int) -> NDArray[np.int64]:
     candidates = _large_candidates(magnitudes, count)
     if candidates is not None:
         magnitudes = magnitudes[candidates]
-    boundary = magnitudes.size - count
-    threshold = np.partition(magnitudes, boundary)[boundary]
-    chosen = np.flatnonzero(magnitudes >= threshold)
-    if chosen.size > count:
-        above = magnitudes[chosen] > threshold
-        ties = np.flatnonzero(~above)
-        above[ties[: count - (chosen.size - ties.size)]] = True
-        chosen = chosen[above]
+    threshold = _nth_largest(magnitudes, count)
+    above = np.flatnonzero(magnitudes > threshold)
+    chosen = np.concatenate([above, _first_equal(magnitudes, threshold, count - above.size)])
+    chosen.sort(kind="stable")  # which merges runs that are in order already
     chosen = chosen if candidates is None else candidates[chosen]
     return chosen.astype(np.int64, copy=False)
 
@@ -261,9 +259,49 @@ def _large_candidates(magnitudes: NDArray[np.uint32], count: int) -> NDArray[np.
     kept = share + 4 * math.isqrt(share) + 16
     if kept >= sample.size:
         return None
-    floor = np.partition(sample, sample.size - kept)[sample.size - kept]
+    floor = _nth_largest(sample, kept)
+    if not floor:
+        return None  # most values are 0: nothing would be passed over
     candidates = np.flatnonzero(magnitudes >= floor)
     return candidates.astype(np.int64, copy=False) if candidates.size >= count else None
+
+
+def _first_equal(magnitudes: NDArray[np.uint32], value: np.uint32, count: int) -> NDArray[np.int64]:
+    """The lowest `count` positions of a value, of which there are as many, sorted."""
+    found: list[NDArray[np.int64]] = []
+    start = 0
+    while count > 0:
+        here = np.flatnonzero(magnitudes[start : start + _COUNTED_AT_A_TIME] == value)[:count]
+        found.append(here + start)
+        count -= here.size
+        start += _COUNTED_AT_A_TIME
+    return np.concatenate(found)
+
+
+def _nth_largest(magnitudes: NDArray[np.uint32], count: int) -> np.uint32:
+    """The `count`-th largest, below 2^31: counted by its upper and then by its lower half, so that the time is linear
+    whatever the values are. Partitioning slows down by orders of magnitude where most of them are equal."""
+    upper, left = _nth_of_counts(_counts(magnitudes, 16), count)
+    bucket = magnitudes[magnitudes >> np.uint32(16) == upper]
+    bucket &= np.uint32(0xFFFF)
+    lower, _ = _nth_of_counts(_counts(bucket, 0), left)
+    return np.uint32(upper << 16 | lower)
+
+
+def _counts(values: NDArray[np.uint32], shift: int) -> NDArray[np.int64]:
+    """How often each of the 2^16 numbers occurs among the shifted values."""
+    counts = np.zeros(1 << 16, np.int64)
+    for start in range(0, values.size, _COUNTED_AT_A_TIME):
+        piece = values[start : start + _COUNTED_AT_A_TIME] >> np.uint32(shift)
+        counts += np.bincount(piece, minlength=1 << 16)
+    return counts
+
+
+def _nth_of_counts(counts: NDArray[np.int64], count: int) -> tuple[int, int]:
+    """The number that the `count`-th largest value has, and the how-manieth of that number it is."""
+    from_top = np.cumsum(counts[::-1])
+    at = int(np.searchsorted(from_top, count))
+    return counts.size - 1 - at, count - int(from_top[at] - counts[counts.size - 1 - at])
 
 
 def _check(seed: int, round: int, dimension: int, count: int) -> None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from loscar_core.config import RunConfig
+from loscar_core.config import RunConfig, require_fit
 from loscar_core.effects import Close, MemberGone, Notice, Refused, RunStarted
 from loscar_core.errors import LoscarError, MalformedError
 from loscar_core.messages import (
@@ -281,6 +281,7 @@ class Lifecycle(Rounds):
             raise MalformedError(f"a state at {offer.position} that speaks of later rounds")
         assert self.layout is not None
         offer.config.count(self.layout.dimension)
+        require_fit(offer.config, self.limits)
         transfer.offer = offer
 
     # --- endings --------------------------------------------------------------------------------------------

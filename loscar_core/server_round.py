@@ -16,7 +16,7 @@ from loscar_core.checksum import crc32
 from loscar_core.config import ServerLimits
 from loscar_core.errors import MalformedError, WrongRoundError, WrongSelectionError
 from loscar_core.messages import Answer, Contribution
-from loscar_core.plan import Part, RoundPlan, parts_of, slices
+from loscar_core.plan import Part, RoundPlan, slices
 from loscar_core.replica import Floats, Replica, Where
 from loscar_core.robust import Aggregate, NormBound, combine
 from loscar_core.state import bitmap
@@ -40,7 +40,7 @@ class _Incoming:
 
 
 @dataclass(slots=True)
-class _PartSum:
+class PartSum:
     """One part: what has arrived, what is summed, and the answer once it is closed."""
 
     part: Part
@@ -82,15 +82,15 @@ class ServerRound:
         self.slots = dict(slots)
         self.where: Where = plan.where(seed, dimension)
         self.checksum = plan.checksum(seed, dimension)
-        size = plan.size(seed, dimension)
-        self.parts = parts_of(size, replica.statistics.size)
+        size = 0 if plan.explicit else plan.size(seed, dimension)
+        self.parts = plan.parts(seed, dimension, replica.statistics.size)
         self.new_values = spare if spare is not None and spare.size == size else np.empty(size, np.float32)
         self.new_residual = None if residual is None else np.empty(size, np.float32)
         self.new_statistics = replica.statistics.copy() if replica.statistics.size else None
         self.reopened = False
         """It was begun anew with other members, who may have been sending already."""
         self._order = sorted(self.slots)
-        self._sums = [_PartSum(part) for part in self.parts]
+        self._sums = [PartSum(part) for part in self.parts]
         self._open = len(self._sums)
         self._replica = replica
         self._residual = residual
@@ -157,11 +157,16 @@ class ServerRound:
         """
         if message.round != self.plan.round:
             raise WrongRoundError(f"contribution to round {message.round}; round {self.plan.round} is open")
-        if message.coding is not None or message.checksum != self.checksum:
+        if message.checksum != self.checksum:
             raise WrongSelectionError(f"round {self.plan.round}: the contribution selects other coordinates")
         if not 0 <= message.part < len(self.parts):
             raise MalformedError(f"part {message.part} of {len(self.parts)}")
-        state = self._sums[message.part]
+        return self._take(self._sums[message.part], slot, message)
+
+    def _take(self, state: PartSum, slot: int, message: Contribution) -> bool:
+        """As `add`, of a part whose positions follow from the plan."""
+        if message.coding is not None:
+            raise WrongSelectionError(f"round {self.plan.round}: coordinates where they follow from the seed")
         part = state.part
         kind = ValueType.FLOAT32 if part.statistics else self.plan.value_type
         incoming = state.incoming.get(slot)
@@ -192,12 +197,16 @@ class ServerRound:
         if self._norm_bound is not None and not part.statistics:
             self._norm_bound.check(whole)
         state.incoming.pop(slot, None)
-        state.received[slot] = crc
-        state.waiting[slot] = whole
-        self._sum_in_order(state, skip=())
+        self._received(state, slot, crc, whole)
         return True
 
-    def _check_replay(self, state: _PartSum, slot: int, message: Contribution) -> None:
+    def _received(self, state: PartSum, slot: int, crc: int, values: Floats) -> None:
+        """A member's part is whole."""
+        state.received[slot] = crc
+        state.waiting[slot] = values
+        self._sum_in_order(state, skip=())
+
+    def _check_replay(self, state: PartSum, slot: int, message: Contribution) -> None:
         """A repeated part is harmless when it has the same bytes; only whole repeated parts can be compared."""
         replay = state.incoming.get(slot)
         if replay is None or message.offset == 0:
@@ -210,7 +219,7 @@ class ServerRound:
             if replay.crc != state.received[slot]:
                 raise MalformedError(f"part {state.part.index}: sent again with other bytes")
 
-    def _sum_in_order(self, state: _PartSum, skip: Iterable[int]) -> None:
+    def _sum_in_order(self, state: PartSum, skip: Iterable[int]) -> None:
         if self._limits.aggregate is not Aggregate.MEAN:
             return  # a median needs all of them at once
         skipped = set(skip)
@@ -220,11 +229,16 @@ class ServerRound:
             if values is None:
                 if slot not in skipped:
                     return
-            elif state.total is None:
-                state.total = values.astype(np.float32, copy=True)
             else:
-                state.total += values
+                self._add(state, slot, values)
             state.summed += 1
+
+    def _add(self, state: PartSum, slot: int, values: Floats) -> None:
+        """One more contribution in a part's sum."""
+        if state.total is None:
+            state.total = values.astype(np.float32, copy=True)
+        else:
+            state.total += values
 
     def close(self, index: int, message_bytes: int = ANSWER_BYTES) -> list[Answer]:
         """Answer a part with what has arrived; members without a whole contribution count as zero.
@@ -237,18 +251,14 @@ class ServerRound:
         self._sum_in_order(state, skip=[s for s in self._order if s not in state.received])
         state.incoming.clear()
         close = self._close_statistics if part.statistics else self._close_values
-        payloads = close(state, message_bytes)
         included = bitmap(state.received, self._order[-1] + 1 if self._order else 1)
-        state.answer = [
-            Answer(self.plan.round, part.index, offset, payload, included if offset == 0 else b"")
-            for offset, payload in payloads
-        ]
+        state.answer = close(state, message_bytes, included)
         state.total = None
         state.waiting.clear()
         self._open -= 1
         return state.answer
 
-    def _mean(self, state: _PartSum, divisor: int) -> Floats | None:
+    def _mean(self, state: PartSum, divisor: int) -> Floats | None:
         """What the contributions to a part amount to; None when there is none."""
         if self._limits.aggregate is not Aggregate.MEAN:
             if not state.waiting:
@@ -258,7 +268,7 @@ class ServerRound:
             state.total /= np.float32(divisor)
         return state.total
 
-    def _close_values(self, state: _PartSum, message_bytes: int) -> list[tuple[int, Payload]]:
+    def _close_values(self, state: PartSum, message_bytes: int, included: bytes) -> list[Answer]:
         part = state.part
         mean = self._mean(state, self.members)
         if mean is None:
@@ -269,7 +279,7 @@ class ServerRound:
             mean += self._residual[where][here] if isinstance(where, slice) else self._residual.take(where[here])
         kind = self.plan.value_type
         base = self._replica.gather(self.plan, self.where, part.start, part.stop)
-        payloads = []
+        answers = []
         for offset, length in slices(part, message_bytes // kind.itemsize):
             piece = mean[offset : offset + length]
             payload = encode_view(piece, kind)
@@ -278,10 +288,13 @@ class ServerRound:
             np.add(base[offset : offset + length], sent, out=self.new_values[at])
             if self.new_residual is not None:
                 np.subtract(piece, sent, out=self.new_residual[at])
-            payloads.append((offset, payload))
-        return payloads
+            answers.append(self._answer(part, offset, payload, included))
+        return answers
 
-    def _close_statistics(self, state: _PartSum, message_bytes: int) -> list[tuple[int, Payload]]:
+    def _answer(self, part: Part, offset: int, payload: Payload, included: bytes) -> Answer:
+        return Answer(self.plan.round, part.index, offset, payload, included if offset == 0 else b"")
+
+    def _close_statistics(self, state: PartSum, message_bytes: int, included: bytes) -> list[Answer]:
         part = state.part
         assert self.new_statistics is not None
         here = self.new_statistics[part.start : part.stop]
@@ -289,7 +302,7 @@ class ServerRound:
         if mean is not None:
             here[:] = mean
         return [
-            (offset, encode(here[offset : offset + length], ValueType.FLOAT32))
+            self._answer(part, offset, encode(here[offset : offset + length], ValueType.FLOAT32), included)
             for offset, length in slices(part, message_bytes // 4)
         ]
 

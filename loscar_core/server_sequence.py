@@ -10,6 +10,7 @@ from loscar_core.messages import Commit, Contribution, OpenRound, Partial, Roste
 from loscar_core.plan import RoundKind, RoundPlan, consolidation, end_plan, plan_round
 from loscar_core.selection import SelectionKind
 from loscar_core.server_catchup import MIN_SLICE_VALUES
+from loscar_core.server_explicit import round_of
 from loscar_core.server_followers import Followers
 from loscar_core.server_members import Member, MemberState
 from loscar_core.server_round import ServerRound
@@ -83,7 +84,7 @@ class Rounds(Followers):
             member.state = MemberState.ACTIVE
         slots = {m.slot: m.incarnation for m in self.members.active()}
         self._counted = [m.name for m in self.members.active()]
-        self.round = ServerRound(
+        self.round = round_of(
             plan, self.config.seed, self.replica, self.residual, slots, self.limits, self._norm_bound, self._spare
         )
         self._spare = None
@@ -176,7 +177,7 @@ class Rounds(Followers):
         assert self.replica is not None
         state, plan = self.replica, current.plan
         before, roster, bitmaps = state.digest, self.roster, current.bitmaps()
-        digest = state.next_digest(current.new_values, current.new_statistics)
+        digest = state.next_digest(plan, current.where, current.new_values, current.new_statistics)
         state.commit(
             self.epoch,
             plan,

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-from loscar_core.config import RunConfig, ServerLimits
+from loscar_core.config import RunConfig, ServerLimits, require_fit
 from loscar_core.effects import RunFinished, Send, ServerEffect
 from loscar_core.layout import Layout
 from loscar_core.messages import Purpose, ServerMessage, Welcome
@@ -38,11 +38,17 @@ class Phase(StrEnum):
 
 
 class RunState:
-    """One run on one server process: see `ServerMachine` for the arguments."""
+    """One run on one server process: see `ServerMachine` for the arguments.
+
+    Raises:
+        ConfigError: the run is none for these limits.
+    """
 
     def __init__(
         self, config: RunConfig, limits: ServerLimits, run_id: bytes, now: float, checkpoint: SavedState | None = None
     ) -> None:
+        for each in (config, *([] if checkpoint is None else [checkpoint.config])):
+            require_fit(each, limits)
         self.config = config
         self.limits = limits
         self.run_id = run_id

@@ -1,12 +1,16 @@
-"""The sparse delta on the wire: values at coordinates that either follow from the seed or travel along.
+"""Coordinates and values of one part on the wire, where the sender has chosen the coordinates itself.
 
-A *slice* covers coordinates [base, base + span) of the logical vector. With a seeded selection both sides know which
-coordinates those are, and only values travel. With an explicit one (each worker's own choice, or its union in an
-answer) the slice carries its coordinates relative to `base`, at most 2^22 of them apart, coded as `IndexCoding` says.
+With a seeded selection both sides know which coordinates a part has, and only values travel. With an explicit one
+(each worker's own choice, or their union in an answer) a part is a range of coordinates, of which any number may be
+sent. Each message has the next values of the part, in the coordinates' order, and those coordinates as Rice-coded gaps
+(`loscar_core.indices`) from its *base*: the coordinate after the message before it, or the part's first. So a part's
+coordinates are strictly increasing by construction, and no message pays for the distance to the part's beginning.
+A part of which nothing is sent is said too, with one message without values.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -14,69 +18,133 @@ import numpy as np
 
 from loscar_core.errors import MalformedError
 from loscar_core.indices import IndexCoding, decode_indices, encode_indices
+from loscar_core.messages import Answer, Contribution
+from loscar_core.plan import Part, slices
 from loscar_core.replica import Floats, Indices
-from loscar_core.values import ValueType, decode, encode, value_count
+from loscar_core.values import Payload, ValueType, decode, encode_view, value_count
 
-EXPLICIT_SPAN = 1 << 22
-"""Coordinates that one explicit slice covers."""
+CODING = IndexCoding.GAPS
 
 
 @dataclass(frozen=True, slots=True)
 class SparseSlice:
-    """Some coordinates of a vector and their values, as they travel.
+    """What one message has of a part.
 
     Attributes:
-        base: first coordinate that the slice covers.
-        values: encoded values.
-        indices: coded coordinates relative to `base`; empty for a seeded selection.
-        coding: of `indices`, or None for a seeded selection.
+        offset: how many of the part's values came before.
+        count: how many it has.
+        base: what its indices count from.
+        total: how many values the part has in all.
+        values, indices: encoded.
     """
 
+    offset: int
+    count: int
     base: int
-    values: bytes
-    indices: bytes = b""
-    coding: IndexCoding | None = None
+    total: int
+    values: Payload
+    indices: bytes
 
 
-def encode_explicit(
-    indices: Indices, values: Floats, dimension: int, kind: ValueType, coding: IndexCoding = IndexCoding.GAPS
+def sparse_slices(
+    part: Part, indices: Indices, values: Floats, kind: ValueType, message_bytes: int
 ) -> Iterator[SparseSlice]:
-    """Cut a sparse vector into slices of `EXPLICIT_SPAN` coordinates; those without any are left out.
+    """Cut what is sent of a part into messages, in order.
 
     Args:
-        indices: coordinates in [0, dimension), strictly increasing; K int64.
-        values: K float32, finite.
-        dimension: d.
+        indices: coordinates in [part.start, part.stop), strictly increasing, int64.
+        values: of these, float32, finite; float32 payloads are views of them.
+        message_bytes: about how large a message may be, values and indices together.
+
+    Raises:
+        MalformedError: the coordinates are out of range or order.
+    """
+    total = int(indices.size)
+    if not total:
+        yield SparseSlice(0, 0, part.start, 0, b"", b"")
+        return
+    # Rice coding spends at most three bits more than the logarithm of the mean gap.
+    index_bytes = (math.log2(part.size / total) + 3) / 8
+    base = part.start
+    for offset, count in slices(Part(part.index, 0, total), int(message_bytes / (kind.itemsize + index_bytes))):
+        here = slice(offset, offset + count)
+        coded = encode_indices(indices[here] - base, part.stop - base, CODING)
+        yield SparseSlice(offset, count, base, total, encode_view(values[here], kind), coded)
+        base = int(indices[offset + count - 1]) + 1
+
+
+class SparsePart:
+    """A part while its messages arrive; memory is taken for what has arrived, whatever is announced.
+
+    Args:
+        part: a range of coordinates.
         kind: what a value is on the wire.
-        coding: how the coordinates travel.
+        total: how many values are announced.
+        largest: bound on the values' magnitudes, or None.
 
     Raises:
-        MalformedError: the coordinates are out of range or order, or the lengths differ.
+        MalformedError: more than there are coordinates.
     """
-    if indices.size != values.size:
-        raise MalformedError(f"{indices.size} coordinates for {values.size} values")
-    if indices.size and (int(indices[0]) < 0 or int(indices[-1]) >= dimension):
-        raise MalformedError(f"a coordinate lies outside [0, {dimension})")
-    bases = range(0, dimension, EXPLICIT_SPAN)
-    cuts = np.searchsorted(indices, [*bases, dimension])
-    for base, start, stop in zip(bases, cuts, cuts[1:], strict=False):
-        if start < stop:
-            span = min(EXPLICIT_SPAN, dimension - base)
-            coded = encode_indices(indices[start:stop] - base, span, coding)
-            yield SparseSlice(base, encode(values[start:stop], kind), coded, coding)
 
+    def __init__(self, part: Part, kind: ValueType, total: int, largest: float | None = None) -> None:
+        if not 0 <= total <= part.size:
+            raise MalformedError(f"part {part.index}: {total} values of {part.size} coordinates")
+        self.total = total
+        self.filled = 0
+        self._part = part
+        self._kind = kind
+        self._largest = largest
+        self._begun = False
+        self._next = part.start
+        self._indices: list[Indices] = []
+        self._values: list[Floats] = []
 
-def decode_explicit(piece: SparseSlice, dimension: int, kind: ValueType) -> tuple[Indices, Floats]:
-    """The coordinates (ascending int64) and values (float32) of an explicit slice.
+    @property
+    def whole(self) -> bool:
+        """Everything has arrived."""
+        return self._begun and self.filled == self.total
 
-    Raises:
-        MalformedError, NonFiniteError: it is not what `encode_explicit` makes.
-    """
-    if piece.coding is None:
-        raise MalformedError("a slice without coordinates")
-    if piece.base % EXPLICIT_SPAN or not 0 <= piece.base < dimension:
-        raise MalformedError(f"a slice at {piece.base} of {dimension} coordinates")
-    count = value_count(kind, len(piece.values))
-    span = min(EXPLICIT_SPAN, dimension - piece.base)
-    indices = decode_indices(piece.indices, count, span, piece.coding)
-    return indices + piece.base, decode(piece.values, kind, count)
+    def add(self, message: Contribution | Answer) -> None:
+        """Take the next message in.
+
+        Raises:
+            MalformedError, NonFiniteError: it is not what `sparse_slices` would have gone on with; nothing was changed.
+        """
+        number, left = self._part.index, self.total - self.filled
+        if message.coding is not CODING:
+            raise MalformedError(f"part {number}: coordinates coded as {message.coding}, not as {CODING}")
+        if message.total != self.total:
+            raise MalformedError(f"part {number}: a message of {message.total} values in all after one of {self.total}")
+        if message.offset != self.filled or self.whole:
+            raise MalformedError(f"part {number}: a message at {message.offset} where {self.filled} was next")
+        if message.base != self._next:
+            raise MalformedError(f"part {number}: indices from {message.base} on where {self._next} was next")
+        count = value_count(self._kind, len(message.values))
+        if not min(1, self.total) <= count <= left:
+            raise MalformedError(f"part {number}: a message of {count} values where {left} are missing")
+        if not count:
+            if message.indices:
+                raise MalformedError(f"part {number}: indices without values")
+            self._begun = True
+            return
+        span = self._part.stop - self._next
+        found = decode_indices(message.indices, count, span, CODING)
+        if left - count > span - 1 - int(found[-1]):
+            raise MalformedError(f"part {number}: no room for {left - count} more coordinates")
+        values = decode(message.values, self._kind, count, self._largest)
+        found += self._next
+        self._indices.append(found)
+        self._values.append(values)
+        self._begun = True
+        self._next = int(found[-1]) + 1
+        self.filled += count
+
+    def joined(self) -> tuple[Indices, Floats]:
+        """All coordinates, ascending int64, and their values, float32; perhaps views of the messages."""
+        match self._indices:
+            case []:
+                return np.empty(0, np.int64), np.empty(0, np.float32)
+            case [indices]:
+                return indices, self._values[0]
+            case several:
+                return np.concatenate(several), np.concatenate(self._values)

@@ -30,7 +30,7 @@ class RoundOpen:
 
     Attributes:
         plan: of the round.
-        where: its coordinates, K int64 ascending or a range of them.
+        where: its coordinates, K int64 ascending or a range of them; with an explicit selection all that there are.
         contributed: this worker's contribution to it exists already.
         elapsed_s: run time when the server opened it, as far as known here.
         opening: number of this announcement, to be handed back with the snapshot that follows it.
@@ -70,6 +70,8 @@ class Update:
         forget: what the model has beyond the new values may be in them already: the model takes them as they are.
         whole: all parts of this worker's contribution to the round are in.
         progress: a live worker's unsent progress, for a newcomer: no anchor moves.
+        covers: with an explicit selection, once all of this worker's contribution is in: the coordinates whose progress
+            at the snapshot has gone out.
     """
 
     round: int
@@ -84,6 +86,7 @@ class Update:
     forget: bool = False
     whole: bool = False
     progress: bool = False
+    covers: Where | None = None
 
 
 @dataclass(frozen=True, slots=True)

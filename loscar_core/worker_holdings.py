@@ -16,27 +16,14 @@ from loscar_core.config import RunConfig
 from loscar_core.errors import MalformedError
 from loscar_core.layout import Layout, Shard
 from loscar_core.messages import CatchUp, Ready, Welcome
-from loscar_core.plan import Part, RoundPlan
-from loscar_core.replica import Floats, Indices, Replica, Where
+from loscar_core.plan import RoundPlan
+from loscar_core.replica import Floats, Indices, Replica
 from loscar_core.worker_effects import Emit, WorkerEffect
 from loscar_core.worker_ledger import Ledger
+from loscar_core.worker_receiving import Receiving
 
 MESSAGE_BYTES = 1 << 18
 """Default size of a contribution's messages; the connection lowers it on slow links."""
-
-
-@dataclass(slots=True)
-class Receiving:
-    """The open round's answer while it arrives."""
-
-    plan: RoundPlan
-    where: Where
-    checksum: int
-    parts: tuple[Part, ...]
-    delta: Floats
-    statistics: Floats
-    filled: list[int]
-    included: list[bytes]
 
 
 @dataclass(slots=True)

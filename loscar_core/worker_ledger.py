@@ -25,14 +25,15 @@ class Record:
 
     Attributes:
         plan: of the round that it was taken for.
-        where: the round's selection, K int64 or a range of coordinates.
+        where: its coordinates, K int64 or a range of them.
         sent: δ̂ as the server decodes it, K float32.
-        parts: how the round is cut.
+        parts: how the round is cut, in positions of `where`.
         messages: what was sent, to be sent again as it is.
         subtracted: bitmap of the parts that are subtracted from x − a.
         decided: the state that the worker follows has closed the round, with or without it.
         epochs: server epochs that it was sent to: no other can have it.
         outcomes: which parts are in, for each epoch that has closed the round.
+        exhausted: apart from these coordinates there was no progress at all.
     """
 
     plan: RoundPlan
@@ -44,6 +45,7 @@ class Record:
     decided: bool = False
     epochs: set[int] = field(default_factory=set)
     outcomes: dict[int, int] = field(default_factory=dict)
+    exhausted: bool = False
 
     @property
     def indices(self) -> Indices:

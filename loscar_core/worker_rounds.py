@@ -10,14 +10,14 @@ import numpy as np
 from loscar_core.config import FinalRound
 from loscar_core.errors import MalformedError, NonFiniteError, ReplicaDivergedError
 from loscar_core.messages import Answer, Commit, Contribution, Refresh
-from loscar_core.plan import HISTORY_ROUNDS, HistoryEntry, RoundKind, RoundPlan, parts_of, slices
-from loscar_core.replica import Floats, Indices, Where, as_indices, size_of
+from loscar_core.plan import HISTORY_ROUNDS, HistoryEntry, RoundKind, RoundPlan
+from loscar_core.replica import Floats, Indices, Where, as_indices
 from loscar_core.selection import SelectionKind
 from loscar_core.state import InclusionTable, Position, bits
-from loscar_core.values import ValueType, decode, decode_into, encode, encode_view, require_finite, value_count
 from loscar_core.worker_effects import Emit, RoundOpen, RunEnded, Update, WorkerEffect
-from loscar_core.worker_holdings import CatchingUp, Receiving, WorkerHoldings
+from loscar_core.worker_holdings import CatchingUp, WorkerHoldings
 from loscar_core.worker_ledger import Record
+from loscar_core.worker_receiving import Receiving, coding_of, receiving_of
 
 
 class WorkerRounds(WorkerHoldings):
@@ -47,19 +47,7 @@ class WorkerRounds(WorkerHoldings):
         dimension = self.anchor.vector.size
         if plan.count > dimension:
             raise MalformedError(f"round {plan.round} selects {plan.count} of {dimension} coordinates")
-        where = plan.where(config.seed, dimension)
-        size = size_of(where)
-        parts = parts_of(size, self.anchor.statistics.size)
-        self._receiving = Receiving(
-            plan,
-            where,
-            plan.checksum(config.seed, dimension),
-            parts,
-            np.empty(size, np.float32),
-            np.empty(self.anchor.statistics.size, np.float32),
-            [0] * len(parts),
-            [b""] * len(parts),
-        )
+        self._receiving = receiving_of(plan, config.seed, dimension, self.anchor.statistics.size)
         if self._catching_up is None:
             self._announce(self._receiving)
 
@@ -81,7 +69,7 @@ class WorkerRounds(WorkerHoldings):
             empty = np.empty(0, np.float32)
             self._out.append(Update(0, np.empty(0, np.int64), empty, empty, None, None, later, None))
         self._opening += 1
-        opened = RoundOpen(receiving.plan, receiving.where, record is not None, self.elapsed_s, self._opening)
+        opened = RoundOpen(receiving.plan, receiving.offered, record is not None, self.elapsed_s, self._opening)
         self._out.append(opened)
 
     def snapshot(
@@ -97,7 +85,8 @@ class WorkerRounds(WorkerHoldings):
 
         Args:
             round_: the round whose `RoundOpen` the snapshot follows.
-            values: x[S], K float32, taken after that `RoundOpen` with every update merged that came before it.
+            values: x at the `RoundOpen`'s coordinates, float32, taken after it, with every update merged that came
+                before.
             statistics: the model's statistics, float32.
             local_steps, overlap_steps: see `Contribution`.
             opening: of that `RoundOpen`. A caller that takes the values in another thread has to give it: the same
@@ -117,66 +106,49 @@ class WorkerRounds(WorkerHoldings):
             return None
         if round_ in self.ledger.records:
             return []  # taken already, and never again: what was sent then is resent as it was
-        plan, parts = receiving.plan, receiving.parts
-        delta = values - self.anchor.gather(plan, receiving.where, 0, values.size)
+        plan = receiving.plan
+        delta = values - self.anchor.gather(plan, receiving.offered, 0, values.size)
         try:
-            require_finite(delta, "the model's progress")
-            require_finite(statistics, "the model's statistics")
+            encoded = receiving.encode(delta, statistics, self.message_bytes)
         except NonFiniteError as error:
             raise NonFiniteError(f"round {round_}: {error}; nothing was sent") from None
-        sent = delta if plan.value_type is ValueType.FLOAT32 else np.empty_like(delta)
         messages = []
-        for part in parts:
-            source = statistics if part.statistics else delta
-            kind = ValueType.FLOAT32 if part.statistics else plan.value_type
-            for offset, length in slices(part, self.message_bytes // kind.itemsize):
-                at = slice(part.start + offset, part.start + offset + length)
-                # The caller may go on changing its statistics; the difference is nobody else's.
-                payload = (encode if part.statistics else encode_view)(source[at], kind)
-                if not part.statistics and sent is not delta:
-                    sent[at] = decode(payload, kind, length)
-                first = part.index == 0 and offset == 0
-                messages.append(
-                    Contribution(
-                        self.epoch,
-                        round_,
-                        part.index,
-                        offset,
-                        payload,
-                        receiving.checksum,
-                        local_steps if first else 0,
-                        overlap_steps if first else 0,
-                    )
+        for part, piece in encoded.pieces:
+            first = part == 0 and piece.offset == 0
+            messages.append(
+                Contribution(
+                    self.epoch,
+                    round_,
+                    part,
+                    piece.offset,
+                    piece.values,
+                    receiving.checksum,
+                    local_steps if first else 0,
+                    overlap_steps if first else 0,
+                    piece.indices,
+                    piece.base,
+                    coding_of(plan, receiving.parts[part]),
+                    piece.total,
                 )
-        self.bytes_up += sum(len(m.values) for m in messages)
-        self.ledger.add(Record(plan, receiving.where, sent, parts, tuple(messages), epochs={self.epoch}))
+            )
+        self.bytes_up += sum(len(m.values) + len(m.indices) for m in messages)
+        record = Record(plan, encoded.where, encoded.sent, encoded.parts, tuple(messages), epochs={self.epoch})
+        record.exhausted = encoded.exhausted
+        self.ledger.add(record)
         return [Emit(m) for m in messages]
 
     def _answer(self, answer: Answer) -> None:
         receiving = self._receiving
-        if answer.coding is not None or receiving is None or answer.round != receiving.plan.round:
+        if receiving is None or answer.round != receiving.plan.round:
             raise MalformedError(f"an answer to round {answer.round}, which is not open")
-        if not 0 <= answer.part < len(receiving.parts):
-            raise MalformedError(f"an answer to part {answer.part} of {len(receiving.parts)}")
-        part = receiving.parts[answer.part]
-        kind = ValueType.FLOAT32 if part.statistics else receiving.plan.value_type
-        filled = receiving.filled[part.index]
-        count = value_count(kind, len(answer.values))
-        if answer.offset != filled or not 0 < count <= part.size - filled:
-            raise MalformedError(f"part {part.index}: {count} values at {answer.offset}; {filled} was next")
-        target = receiving.statistics if part.statistics else receiving.delta
-        start = part.start + filled
-        decode_into(answer.values, kind, target[start : start + count])
-        if filled == 0:
-            receiving.included[part.index] = answer.included
-        receiving.filled[part.index] = filled + count
-        self.bytes_down += len(answer.values)
+        receiving.take(answer)
+        self.bytes_down += len(answer.values) + len(answer.indices)
 
     def _commit(self, commit: Commit) -> None:
         receiving = self._receiving
         if receiving is None or commit.round != receiving.plan.round:
             raise MalformedError(f"a commit of round {commit.round}, which is not open")
-        if any(f != p.size for f, p in zip(receiving.filled, receiving.parts, strict=True)):
+        if not receiving.whole:
             raise MalformedError(f"round {commit.round} is committed before all of it was answered")
         if self._catching_up is not None:
             self._commit_while_catching_up(self._catching_up, receiving, commit)
@@ -192,7 +164,7 @@ class WorkerRounds(WorkerHoldings):
         old = anchor.gather(plan, where, 0, new.size)
         np.add(old, receiving.delta, out=new)
         statistics = receiving.statistics if receiving.statistics.size else None
-        digest = anchor.next_digest(new, statistics)
+        digest = anchor.next_digest(plan, where, new, statistics)
         if digest != commit.digest:
             if self._diverged and not self._refresh_due:
                 raise ReplicaDivergedError(
@@ -206,6 +178,10 @@ class WorkerRounds(WorkerHoldings):
             self._diverged = self._refreshing = self._refresh_due = True
             return
         self._diverged = False
+        record = self.ledger.in_flight(plan.round)
+        mask, sent = self._own_mask(receiving.included), None
+        if record is not None:
+            sent = receiving.sent_of(record, mask)
         if isinstance(where, slice):
             old = old.copy()  # it was a view of what the commit overwrites
         anchor.commit(
@@ -219,11 +195,8 @@ class WorkerRounds(WorkerHoldings):
             self._roster,
             commit.members,
         )
-        record = self.ledger.in_flight(plan.round)
-        mask, sent = self._own_mask(receiving.included), None
         if record is not None:
             self.ledger.decide(record, mask, self.epoch)
-            sent = record.masked(mask)
         if 2 * self._included_in(receiving) > commit.members:
             dimension = anchor.vector.size
             self.ledger.forget(plan.round, anchor.lineage, self._epoch_began_s, self.elapsed_s, dimension)
@@ -231,6 +204,9 @@ class WorkerRounds(WorkerHoldings):
         complete = mask == (1 << len(receiving.parts)) - 1
         whole = complete and record is not None
         update = Update(plan.round, _all_or(plan, where), old, new, sent, statistics, settles, plan, whole=whole)
+        if whole and record is not None and plan.explicit:
+            covers = slice(0, anchor.vector.size) if record.exhausted else record.where
+            update = replace(update, covers=covers)
         self._out.append(update)
         if self._former_at_work:
             self._former_at_work = False

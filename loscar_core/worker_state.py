@@ -8,6 +8,7 @@ Arrays are NumPy, everything else is JSON-ready.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,11 @@ from numpy.typing import NDArray
 from loscar_core.errors import ConfigError, MalformedError, WrongRunError
 from loscar_core.layout import require_same
 from loscar_core.messages import Contribution
-from loscar_core.plan import RoundKind, RoundPlan, parts_of
-from loscar_core.replica import size_of
+from loscar_core.plan import Part, RoundKind, RoundPlan
+from loscar_core.replica import Indices, size_of
 from loscar_core.saved_state import SavedState, restore
 from loscar_core.selection import SelectionKind
+from loscar_core.sparse_delta import CODING
 from loscar_core.values import ValueType
 from loscar_core.worker_engine import WorkerEngine
 from loscar_core.worker_ledger import Record
@@ -47,6 +49,10 @@ def export_worker(engine: WorkerEngine) -> tuple[dict[str, Any], dict[str, NDArr
         arrays[f"sent_{number}"] = record.sent.copy()
         payload = b"".join(m.values for m in record.messages)
         arrays[f"payload_{number}"] = np.frombuffer(payload, np.uint8).copy()
+        if record.plan.explicit:
+            arrays[f"where_{number}"] = record.indices.copy()
+            coded = b"".join(m.indices for m in record.messages)
+            arrays[f"indices_{number}"] = np.frombuffer(coded, np.uint8).copy()
         records.append(_record_values(record))
     values = {
         "format": FORMAT,
@@ -64,7 +70,7 @@ def export_worker(engine: WorkerEngine) -> tuple[dict[str, Any], dict[str, NDArr
 
 def _record_values(record: Record) -> dict[str, Any]:
     p = record.plan
-    return {
+    values = {
         "plan": [p.round, int(p.kind), p.selection.value, p.count, p.value_type.value],
         "subtracted": format(record.subtracted, "x"),
         "decided": record.decided,
@@ -75,6 +81,11 @@ def _record_values(record: Record) -> dict[str, Any]:
             for m in record.messages
         ],
     }
+    if p.explicit:
+        values["parts"] = [[part.start, part.stop] for part in record.parts]
+        values["exhausted"] = record.exhausted
+        values["explicit"] = [[len(m.indices), m.base, m.total, m.coding is not None] for m in record.messages]
+    return values
 
 
 def resumed_as(values: dict[str, Any], incarnation: bytes) -> dict[str, Any]:
@@ -129,21 +140,53 @@ def _record(engine: WorkerEngine, number: int, entry: dict[str, Any], arrays: di
     assert engine.config is not None
     round_, kind, selection, count, value_type = entry["plan"]
     plan = RoundPlan(round_, RoundKind(kind), SelectionKind(selection), count, ValueType(value_type))
-    where = plan.where(engine.config.seed, engine.anchor.vector.size)
+    anchor = engine.anchor
+    where = plan.where(engine.config.seed, anchor.vector.size)
+    parts = plan.parts(engine.config.seed, anchor.vector.size, anchor.statistics.size)
     payload = arrays[f"payload_{number}"].tobytes()
     messages, start = [], 0
     for epoch, part, offset, size, checksum, local, overlap in entry["messages"]:
         piece = payload[start : start + size]
         messages.append(Contribution(epoch, round_, part, offset, piece, checksum, local, overlap))
         start += size
-    return Record(
+    if plan.explicit:
+        where, parts, messages = _explicit(number, entry, arrays, parts, messages)
+        if where.size and (where[0] < 0 or where[-1] >= anchor.vector.size or not np.all(np.diff(where) > 0)):
+            raise MalformedError("a contribution to coordinates that are none")
+    record = Record(
         plan,
         where,
         np.array(arrays[f"sent_{number}"], np.float32),
-        parts_of(size_of(where), engine.anchor.statistics.size),
+        parts,
         tuple(messages),
         int(entry["subtracted"], 16),
         entry["decided"],
         set(entry["epochs"]),
         {epoch: int(mask, 16) for epoch, mask in entry["outcomes"]},
+        entry.get("exhausted", False),
     )
+    if record.sent.size != size_of(where):
+        raise MalformedError(f"a contribution of {record.sent.size} values to {size_of(where)} coordinates")
+    return record
+
+
+def _explicit(
+    number: int,
+    entry: dict[str, Any],
+    arrays: dict[str, NDArray[Any]],
+    parts: tuple[Part, ...],
+    messages: list[Contribution],
+) -> tuple[Indices, tuple[Part, ...], list[Contribution]]:
+    """What of a contribution does not follow from the seed: its coordinates, its parts in them, its messages'."""
+    where = np.array(arrays[f"where_{number}"], np.int64)
+    own = [replace(p, start=int(a), stop=int(b)) for p, (a, b) in zip(parts, entry["parts"], strict=True)]
+    cuts = [0, *(p.stop for p in own if not p.statistics)]
+    if [p.start for p in own if not p.statistics] != cuts[:-1] or cuts != sorted(cuts) or cuts[-1] != where.size:
+        raise MalformedError(f"a contribution of {where.size} coordinates in parts up to {cuts}")
+    coded = arrays[f"indices_{number}"].tobytes()
+    found, at = [], 0
+    for message, (size, base, total, explicit) in zip(messages, entry["explicit"], strict=True):
+        indices, coding = coded[at : at + size], CODING if explicit else None
+        found.append(replace(message, indices=indices, base=base, total=total, coding=coding))
+        at += size
+    return where, tuple(own), found

@@ -8,7 +8,13 @@
 #   LOSCAR_STATE_DIR   a worker saves its state here, and resumes from it
 #   LOSCAR_MODEL_DIR   a worker saves the model here when it leaves
 #   LOSCAR_LINK        a worker reaches its servers through an emulated link like this, one for each server
+#   LOSCAR_OVERLAY_…   which of the files deploy/compose.*.yaml a worker was started with
 set -euf
+
+wrong_files() {
+    echo "loscar: $1" >&2
+    exit 3
+}
 
 case ${1:-} in
 server)
@@ -18,6 +24,19 @@ server)
 worker) shift ;;
 *) exec loscar "$@" ;;
 esac
+
+# Compose itself puts any files together. Left alone, these would have servers that no worker can reach.
+if [ -n "${LOSCAR_OVERLAY_SHARDS:-}" ] && [ -n "${LOSCAR_OVERLAY_STANDBY:-}" ]; then
+    wrong_files "compose.shards.yaml and compose.standby.yaml do not go together"
+fi
+if [ -n "${LOSCAR_OVERLAY_TLS:-}" ]; then
+    if [ -n "${LOSCAR_OVERLAY_SHARDS:-}" ] && [ -z "${LOSCAR_OVERLAY_SHARDS_TLS:-}" ]; then
+        wrong_files "compose.tls.yaml and compose.shards.yaml need compose.shards.tls.yaml too"
+    fi
+    if [ -n "${LOSCAR_OVERLAY_STANDBY:-}" ] && [ -z "${LOSCAR_OVERLAY_STANDBY_TLS:-}" ]; then
+        wrong_files "compose.tls.yaml and compose.standby.yaml need compose.standby.tls.yaml too"
+    fi
+fi
 
 name=${LOSCAR_NAME:-$(hostname)}
 servers=${LOSCAR_SERVERS:-}

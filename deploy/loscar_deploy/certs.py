@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
 import ipaddress
 import os
 import re
@@ -19,7 +20,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from loscar_core.errors import ConfigError
+from loscar_core.errors import ConfigError, SystemRefusedError
 
 DEFAULT_DAYS = 365
 BACKDATED = datetime.timedelta(hours=1)  # clocks differ between machines
@@ -48,7 +49,9 @@ def make_certificates(folder: Path, hosts: list[str], workers: list[str], days: 
     Raises:
         ConfigError: the folder cannot be written, a certificate or its key is there already, the authority can sign no
             more, or a name cannot be in a certificate; nothing was written.
+        SystemRefusedError: the disk is full; nothing was left there.
     """
+    made: list[Path] = []
     for name in workers:
         # It names files in this folder, beside those of the authority and the server, and a certificate holds 64.
         if not re.fullmatch(r"\w[\w.-]{0,63}", name, re.ASCII) or name in ("ca", "server") or workers.count(name) > 1:
@@ -71,11 +74,14 @@ def make_certificates(folder: Path, hosts: list[str], workers: list[str], days: 
             ca, ca_key = _load(authority)
         else:
             ca, ca_key = _authority(days)
-            written += _save(authority, ca, ca_key)
+            written += _save(authority, ca, ca_key, made)
         for name, pair in pairs.items():
-            written += _save(pair, *_signed(name, hosts if name == "server" else [], ca, ca_key, days))
+            written += _save(pair, *_signed(name, hosts if name == "server" else [], ca, ca_key, days), made)
     except OSError as error:
-        raise ConfigError(f"certificates in {folder}: {error.strerror or error}") from None
+        for path in made:  # half of an authority would be in the way of the next attempt
+            path.unlink(missing_ok=True)
+        kind = SystemRefusedError if error.errno in (errno.ENOSPC, errno.EDQUOT) else ConfigError
+        raise kind(f"certificates in {folder}: {error.strerror or error}") from None
     return written
 
 
@@ -145,15 +151,18 @@ def _general(host: str) -> x509.GeneralName:
     return x509.DNSName(host)
 
 
-def _save(pair: Pair, certificate: x509.Certificate, key: ec.EllipticCurvePrivateKey) -> list[Path]:
+def _save(pair: Pair, certificate: x509.Certificate, key: ec.EllipticCurvePrivateKey, made: list[Path]) -> list[Path]:
+    """Write both files; whichever has been begun is in `made`."""
     secret = key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
     # Created readable by its owner only: a later chmod would leave a moment in which anybody can read it.
     descriptor = os.open(pair.key, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    made.append(pair.key)
     with os.fdopen(descriptor, "wb") as file:
         file.write(secret)
     with pair.certificate.open("xb") as file:
+        made.append(pair.certificate)
         file.write(certificate.public_bytes(serialization.Encoding.PEM))
     return [pair.certificate, pair.key]
 

@@ -159,7 +159,9 @@ def add_run(parser: ArgumentParser, *, compared: bool = False) -> None:
             "--density", metavar="P", default=Default("0.05"), help="share of the coordinates that a round carries"
         )
         group.add_argument("--coordinates", metavar="K", help="an exact number of coordinates instead of --density")
-    group.add_argument("--selection", metavar="KIND", default=Default("sweep"), help="sweep, random, block or all")
+    group.add_argument(
+        "--selection", metavar="KIND", default=Default("sweep"), help="sweep, random, block, topk or all"
+    )
     group.add_argument("--wire-dtype", metavar="TYPE", default="float32", help="float32, bfloat16, float16 or int8")
     if not compared:
         group.add_argument(

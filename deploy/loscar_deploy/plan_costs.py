@@ -152,6 +152,20 @@ class Round:
         return 19 * self.selected if scattered else 0
 
 
+REPORT = WorkerReport(
+    steps=10**6,
+    loss=1.0,
+    idle_s=1.0,
+    run_s=1.0,
+    sent=10**4,
+    included=10**4,
+    returned=1,
+    bytes_up=10**9,
+    bytes_down=10**9,
+    round_trip_s=0.1,
+)
+"""A worker's figures, all of them there."""
+
 _COMMIT = Commit(1000, 100, 0xFFFFFFFF, RoundPlan(1001, RoundKind.TRAIN, SelectionKind.SWEEP, 1 << 20, _INT8), 1 << 30)
 
 
@@ -163,8 +177,7 @@ def framed(size: int) -> int:
 
 def heartbeat_bytes() -> tuple[int, int]:
     """Of a heartbeat and its reply."""
-    report = WorkerReport(10**6, 1.0, 1.0, 1.0, 10**4, 10**4, 0, 10**9, 10**9)
-    up = len(encode_worker_message(Heartbeat(1 << 55, 1000, report)))
+    up = len(encode_worker_message(Heartbeat(1 << 55, 1000, REPORT)))
     return framed(up), framed(len(encode_server_message(HeartbeatReply(1 << 55))))
 
 

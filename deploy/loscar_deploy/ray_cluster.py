@@ -95,8 +95,34 @@ def _reach(address: str) -> None:
         with grpc.insecure_channel(where) as channel:
             try:
                 grpc.channel_ready_future(channel).result(CONNECT_S)
+                is_ray = _speaks_ray(channel, through_client=address.startswith(SCHEME))
             except grpc.FutureTimeoutError:
-                raise ConnectError(f"--on {address}: what answers at {where} is no Ray cluster") from None
+                is_ray = False
+            if not is_ray:
+                raise ConnectError(f"--on {address}: what answers at {where} is no Ray cluster")
+
+
+def _speaks_ray(channel: grpc.Channel, *, through_client: bool) -> bool:
+    """Whether a gRPC server knows the methods of Ray's; yes, unless it denies it."""
+    request: Any
+    try:  # not public: where they are missing, Ray's own attempt will have to do
+        if through_client:
+            from ray.core.generated import ray_client_pb2, ray_client_pb2_grpc
+
+            ask = ray_client_pb2_grpc.RayletDriverStub(channel).ClusterInfo
+            request = ray_client_pb2.ClusterInfoRequest()
+        else:
+            from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
+
+            ask = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel).CheckAlive
+            request = gcs_service_pb2.CheckAliveRequest()
+    except (ImportError, AttributeError):
+        return True
+    try:
+        ask(request, timeout=CONNECT_S)
+    except grpc.RpcError as error:
+        return error.code() is not grpc.StatusCode.UNIMPLEMENTED
+    return True
 
 
 def _first_line(error: BaseException) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
+import sys
 from collections.abc import Coroutine
 from importlib import metadata
 from typing import Any, TypeVar
@@ -215,6 +216,21 @@ class RayRun(LocalRun):
                 part.replace(self._worker_order(i, address))
 
 
+def _try_task(plan: RunPlan, ray: RayPlan) -> None:
+    """Load the task once, as its evaluation at the end will: what is wrong with it shows before anything is started.
+
+    The folder with its code stays on the path, before everything else, as it is for the processes on the nodes.
+
+    Raises:
+        LoscarError: there is no such task here, or not its data.
+    """
+    from loscar_worker.tasks import load_task
+
+    if ray.working_dir is not None:
+        sys.path[:0] = [str(ray.working_dir.resolve()), os.getcwd()]
+    load_task(plan.args.task, plan.args.data_dir)
+
+
 def execute_on_ray(plan: RunPlan, ray: RayPlan) -> dict[str, Any]:
     """`loscar run --on`, like `execute`.
 
@@ -222,4 +238,5 @@ def execute_on_ray(plan: RunPlan, ray: RayPlan) -> dict[str, Any]:
         LoscarError: the run could not be done; the folder holds the logs.
     """
     with connected(ray):
+        _try_task(plan, ray)
         return execute(plan, run_of=lambda *parts: RayRun(*parts, ray=ray))

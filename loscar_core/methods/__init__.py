@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from loscar_core.errors import ConfigError
-from loscar_core.methods.base import Arrival, Merged, Method, parse_options, settle
+from loscar_core.methods.base import Arrival, Merged, Method, parse_options, require_selection, settle
 from loscar_core.methods.dppf import Dppf
 from loscar_core.methods.loscar_sgd import LoscarSgd
 from loscar_core.methods.mixvr import MixVr
@@ -27,4 +27,4 @@ def parse_method(text: str) -> Method:
     return parse_options(kind, options)
 
 
-__all__ = ["METHODS", "Arrival", "Merged", "Method", "parse_method", "settle"]
+__all__ = ["METHODS", "Arrival", "Merged", "Method", "parse_method", "require_selection", "settle"]

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
 
 from loscar_core.errors import ConfigError
 from loscar_core.merge import MergeKind, merge_pieces
+from loscar_core.selection import SelectionKind
 
 
 def having(**values: Any) -> Mapping[str, Any]:
@@ -95,6 +96,7 @@ class Method:
         by_coordinate: what becomes of a coordinate depends on nothing but its own values, so that a round can be merged
             a little at a time.
         vectors: names of what is averaged beside the model.
+        in_common: why all workers have to select the same coordinates; empty where they need not.
         spelling: option names that are no Python names (`lambda`), to their fields.
     """
 
@@ -107,6 +109,7 @@ class Method:
     follows: ClassVar[bool] = False
     by_coordinate: ClassVar[bool] = False
     vectors: ClassVar[tuple[str, ...]] = ()
+    in_common: ClassVar[str] = ""
     spelling: ClassVar[Mapping[str, str]] = NOTHING
 
     def merge(self, arrival: Arrival[V]) -> Merged[V]:
@@ -198,4 +201,11 @@ def settle(method: Method, values: Mapping[str, Any], given: Collection[str]) ->
         raise ConfigError(f"--merge is a setting of --method loscar: {method.name} has a merge of its own")
     if method.needs_length and all(settled.get(name) is None for name in ("rounds", "duration_s", "max_steps")):
         raise ConfigError(f"method {method.name} needs to know the run's end: give --rounds, --duration or --max-steps")
+    require_selection(method, settled.get("selection"))
     return settled
+
+
+def require_selection(method: Method, selection: SelectionKind | None) -> None:
+    """Raises ConfigError for a method that is none with that selection."""
+    if selection is SelectionKind.TOPK and method.in_common:
+        raise ConfigError(f"--selection topk is not for method {method.name}, which {method.in_common}")

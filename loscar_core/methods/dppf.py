@@ -63,6 +63,7 @@ class Dppf(Method):
     source = "DPPF, arXiv 2507.20424; the form of the update is reconstructed"
     defaults = having(density=1.0)
     stays = True
+    in_common = "takes the distance from the average from a round's coordinates: they must not be the largest ones"
     spelling = having(**{"lambda": "push"})
 
     alpha: float = 0.1

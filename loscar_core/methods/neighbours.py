@@ -111,6 +111,7 @@ class Sparta(Method):
     source = "SPARTA, EXO Labs 2025"
     fixed = having(local_steps=1)
     defaults = having(density=0.005, selection=SelectionKind.RANDOM, overlap_steps=0)
+    in_common = "overwrites the same coordinates in all workers"
 
     def merge(self, arrival: Arrival[V]) -> Merged[V]:
         return merged_by(MergeKind.OVERWRITE, arrival)

@@ -76,6 +76,7 @@ def encode_worker_message(message: m.WorkerMessage) -> bytes:
                 indices=message.indices,
                 base=message.base,
                 index_coding=CODINGS[message.coding],
+                total=message.total,
             )
             return _bulk(pb.WorkerMessage, "contribution", contribution, message.values)
         case m.VectorChunk():
@@ -157,6 +158,7 @@ def _contribution(c: pb.Contribution) -> m.Contribution:
         c.indices,
         c.base,
         coding_from_pb(c.index_coding),
+        c.total,
     )
 
 
@@ -240,6 +242,7 @@ def encode_server_message(message: m.ServerMessage) -> bytes:
                 indices=message.indices,
                 base=message.base,
                 index_coding=CODINGS[message.coding],
+                total=message.total,
             )
             return _bulk(pb.ServerMessage, "answer", answer, message.values)
         case m.VectorChunk():
@@ -365,7 +368,7 @@ def _catch_up(c: pb.CatchUp) -> m.CatchUp:
 
 _FROM_SERVER: dict[str, Callable[[Any], m.ServerMessage]] = {
     "answer": lambda a: m.Answer(
-        a.round, a.part, a.offset, a.values, a.included, a.indices, a.base, coding_from_pb(a.index_coding)
+        a.round, a.part, a.offset, a.values, a.included, a.indices, a.base, coding_from_pb(a.index_coding), a.total
     ),
     "commit": lambda c: m.Commit(
         at_most(c.round, "round"),

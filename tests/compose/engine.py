@@ -8,7 +8,9 @@ import itertools
 import os
 import re
 import secrets
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -27,8 +29,9 @@ SCRIPTS = "LOSCAR_ENGINE_SCRIPTS"
 """A folder with start-engine.sh, which starts an engine, and nfq_delay.py, which delays packets."""
 BASE = "LOSCAR_BASE_IMAGE"
 """Builds the images on this one instead of on the Dockerfiles' default."""
-COMMAND_S = 120.0
-DEADLINE_S = 120.0
+COMMAND_S = 240.0
+DEADLINE_S = 300.0
+"""Far longer than anything takes, so that a busy machine fails no test."""
 BUILD_S = 900.0
 PROJECTS = "loscartest"
 """How the names of all containers, networks and volumes of these tests begin; the process that made them follows."""
@@ -203,6 +206,35 @@ def sweep() -> None:
         for found in call("docker", kind, "ls", *options, "--format", name, check=False).stdout.split():
             if is_forsaken(found):
                 call("docker", kind, *remove, found, check=False)
+    remove_forsaken_rules()
+    for space in namespaces():
+        if is_forsaken(space):
+            remove_namespace(space)
+
+
+def remove_forsaken_rules() -> None:
+    """Rules for packets that name such a process: they would meet other containers with the same addresses."""
+    if shutil.which("iptables") is None:
+        return
+    for line in call("iptables", "-w", "-S", "DOCKER-USER", check=False).stdout.splitlines():
+        words = shlex.split(line)
+        if "--comment" in words and is_forsaken(words[words.index("--comment") + 1]):
+            call("iptables", "-w", "-D", *words[1:], check=False)
+
+
+def namespaces() -> list[str]:
+    """The network namespaces of this computer that have a name."""
+    if shutil.which("ip") is None:
+        return []
+    return [line.split()[0] for line in call("ip", "netns", "list", check=False).stdout.splitlines() if line.strip()]
+
+
+def remove_namespace(space: str) -> None:
+    """With what still runs in it, which would keep it."""
+    for number in call("ip", "netns", "pids", space, check=False).stdout.split():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(number), signal.SIGKILL)
+    call("ip", "netns", "delete", space, check=False)
 
 
 def is_forsaken(name: str) -> bool:

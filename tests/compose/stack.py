@@ -182,12 +182,16 @@ class Stack(Watched):
     def close(self) -> None:
         """Take everything away: containers, networks, volumes."""
         self.stop_watching()
-        for container in self.containers():
-            call("docker", "rm", "-f", "-v", container, check=False)
-        self.compose("down", "-v", "--remove-orphans", "-t", "1", check=False)
+        for kind, remove in (("container", ("rm", "-f", "-v")), ("network", ("rm",)), ("volume", ("rm", "-f"))):
+            for found in self._listed(kind):
+                call("docker", kind, *remove, found, check=False)
         for kind in ("container", "network", "volume"):
-            listed = call("docker", kind, "ls", "-q", "--filter", f"label=com.docker.compose.project={self.project}")
-            assert not listed.stdout.split(), f"a {kind} of {self.project} is left"
+            assert not self._listed(kind), f"a {kind} of {self.project} is left"
+
+    def _listed(self, kind: str) -> list[str]:
+        options = ("-a",) if kind == "container" else ()
+        label = f"label=com.docker.compose.project={self.project}"
+        return call("docker", kind, "ls", "-q", *options, "--filter", label).stdout.split()
 
     def containers(self, service: str | None = None) -> list[str]:
         """Ids, of stopped ones too, the oldest first."""
@@ -230,12 +234,16 @@ def member(status: Mapping[str, Any], name: str) -> dict[str, Any] | None:
 
 @contextlib.contextmanager
 def packet_rules(*rules: Sequence[str]) -> Iterator[None]:
-    """Rules at the head of the engine's chain for what containers send each other, while this is open."""
+    """Rules at the head of the engine's chain for what containers send each other, while this is open.
+
+    Each carries a name as a comment, by which `sweep` finds those that a killed process has left.
+    """
     added = []
+    owner = ("-m", "comment", "--comment", new_name())
     try:
         for rule in rules:
-            call("iptables", "-w", "-I", "DOCKER-USER", *rule)
-            added.append(rule)
+            call("iptables", "-w", "-I", "DOCKER-USER", *owner, *rule)
+            added.append((*owner, *rule))
         yield
     finally:
         for rule in added:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import re
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from engine import ROOT, SERVER_IMAGE, WORKER_IMAGE, Engine, call, new_name, wait_until
+from engine import ROOT, SCRIPTS, SERVER_IMAGE, WORKER_IMAGE, Engine, call, new_name, wait_until
 from stack import Stack, inspect, run
 
 pytestmark = pytest.mark.timeout(1800, method="signal")
@@ -98,6 +99,10 @@ def test_no_user_with_rights() -> None:
         pytest.param(
             WORKER_IMAGE, (), "worker --tls-ca /none.pem", 3, "--tls-ca /none.pem: No such file", id="no authority"
         ),
+        pytest.param(
+            WORKER_IMAGE, ("-e", "LOSCAR_OVERLAY_SHARDS=yes", "-e", "LOSCAR_OVERLAY_STANDBY=yes"), "worker",
+            3, "compose.shards.yaml and compose.standby.yaml do not go together", id="overlays apart",
+        ),
     ],
 )  # fmt: skip
 def test_bad_input_is_named_and_ends_the_container(
@@ -107,6 +112,16 @@ def test_bad_input_is_named_and_ends_the_container(
     assert found == status, text
     assert len([line for line in text.splitlines() if cause in line]) == 1, text
     assert "Traceback" not in text
+
+
+def test_the_load_test_of_containers_needs_an_engine_and_says_so(tmp_path: Path) -> None:
+    done = call(
+        sys.executable, "-P", "benchmarks/compose_load.py", "--out", str(tmp_path / "result.json"), check=False,
+        environment={"PYTHONPATH": "tests/compose:benchmarks", "DOCKER_HOST": f"unix://{tmp_path}/none", SCRIPTS: ""},
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.startswith("no load test of containers here: no container engine with Compose answers")
+    assert not list(tmp_path.iterdir())
 
 
 def test_who_fails_each_time_is_not_started_for_ever(stacks: Callable[..., Stack]) -> None:

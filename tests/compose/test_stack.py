@@ -6,6 +6,7 @@ All of them share one stack: a server and three workers, each of which may use h
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -16,11 +17,12 @@ import pytest
 from engine import call, wait_until
 from stack import Stack, address_of, inspect, kill_process, member, name_of, packet_rules
 
-pytestmark = pytest.mark.timeout(600, method="signal")
+pytestmark = pytest.mark.timeout(1500, method="signal")
 
 SERVICES = ("worker", "worker-slow", "worker-slower")
 DELAY_MS = 50
-QUEUE = 41
+QUEUE = 1000 + os.getpid() % 60_000
+"""Of packets that wait for a program; one that a killed process has left holds another."""
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +51,7 @@ def everybody(stack: Stack) -> dict[str, Any]:
         found = [member(status, name) for name in names]
         return len(status["members"]) == 3 and all(m is not None and m["contributed"] > 0 for m in found)
 
-    return stack.status_when(there, "three workers take part", deadline_s=240)
+    return stack.status_when(there, "three workers take part")
 
 
 def contributes_again(stack: Stack, name: str) -> None:
@@ -71,6 +73,11 @@ def test_containers_are_confined_and_healthy(stack: Stack) -> None:
         assert stack.execute(container, "touch", "/opt/loscar/x").returncode != 0
         role = service.partition("-")[0]
         assert stack.execute(container, "loscar-health", role).returncode == 0
+        # A container has no terminal: every line is JSON, and says whose it is.
+        lines = [json.loads(line) for line in call("docker", "logs", container).stderr.splitlines()]
+        assert {line["role"] for line in lines} == {role}
+        assert {line["worker"] for line in lines} == {None if role == "server" else name_of(container)}
+        assert len({line["run_id"] for line in lines} - {None}) == 1
     worker = stack.container("worker")
     asked = stack.execute(worker, "sh", "-c", "LOSCAR_NAME=somebody-else loscar-health worker")
     assert asked.returncode == 1, "whoever is no member was called healthy"
@@ -96,7 +103,7 @@ def test_unequal_limits_give_unequal_steps_and_nobody_idles(stack: Stack) -> Non
     assert [inspect(stack.container(service))["HostConfig"]["NanoCpus"] for service in SERVICES] == [6e8, 3e8, 1.5e8]
     periods, throttled = throttling(stack, fastest)
     try:
-        after = stack.status_when(unequal, "unequal numbers of steps", deadline_s=40)
+        after = stack.status_when(unequal, "unequal numbers of steps", deadline_s=90)
     except AssertionError:
         all_periods, all_throttled = throttling(stack, fastest)
         if all_throttled - throttled < (all_periods - periods) / 2:
@@ -143,7 +150,7 @@ def test_scaling_up_and_down(stack: Stack) -> None:
     stack.up("--no-recreate", "--scale", "worker=1")
     assert set(stack.containers("worker")) == first
     status = everybody(stack)
-    assert [d["reason"] for d in status["departures"] if d["name"] == name] == ["left"]
+    assert [d["reason"] for d in status["departures"] if d["name"] == name][-1:] == ["left"]
     stack.rounds_go_on()
 
 

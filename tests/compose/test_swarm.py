@@ -11,7 +11,7 @@ import pytest
 from engine import COMMAND_S, PROJECTS, ROOT, SERVER_IMAGE, WORKER_IMAGE, Engine, call, new_name, wait_until
 from stack import Watched, inspect, kill_process, member
 
-pytestmark = pytest.mark.timeout(900, method="signal")
+pytestmark = pytest.mark.timeout(1500, method="signal")
 
 NAMES = ("worker-1", "worker-slow-1", "worker-slower-1")
 

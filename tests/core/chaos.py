@@ -67,7 +67,12 @@ class Chaos:
     statistics: tuple[int, ...] = (0, 3)
     dimension: int = 40
     density: tuple[float, ...] = (0.2, 0.5, 1.0)
-    selections: tuple[SelectionKind, ...] = (SelectionKind.SWEEP, SelectionKind.RANDOM, SelectionKind.ALL)
+    selections: tuple[SelectionKind, ...] = (
+        SelectionKind.SWEEP,
+        SelectionKind.RANDOM,
+        SelectionKind.ALL,
+        SelectionKind.TOPK,
+    )
     value_type: ValueType = ValueType.FLOAT32
     limits: dict[str, float] = field(default_factory=dict)
     events: int = 150_000

@@ -101,6 +101,31 @@ def test_close_to_the_entropy(density: float, limit: float) -> None:
     assert 8 * len(payload) <= limit * entropy_bits(span, count)
 
 
+def written_out(gaps: list[int], parameter: int) -> bytes:
+    """The coding as the module's text describes it, bit by bit."""
+    whole = parameter // 8
+    fields = [bytes([parameter]), *(bytes(gap >> 8 * plane & 0xFF for gap in gaps) for plane in range(whole))]
+    planes = [[gap >> bit & 1 for gap in gaps] for bit in range(8 * whole, parameter)]
+    for bits in (*planes, [bit for gap in gaps for bit in (*([0] * (gap >> parameter)), 1)]):
+        number = sum(bit << place for place, bit in enumerate(bits))
+        fields.append(number.to_bytes(-(-len(bits) // 8), "little"))
+    return b"".join(fields)
+
+
+@pytest.mark.parametrize("mean", [0.3, 3, 90, 9000])
+@pytest.mark.parametrize("count", [8191, 8192, 8193, 16390])
+def test_blocks_are_coded_as_the_whole(count: int, mean: float) -> None:
+    gaps = np.random.default_rng(count).geometric(1 / (1 + mean), count) - 1
+    gaps[count // 2] = 100_000
+    indices = np.cumsum(gaps + 1) - 1
+    payload = encode_indices(indices, MAX_SPAN)
+    assert payload == written_out(gaps.tolist(), payload[0])
+    assert np.array_equal(decode_indices(payload, count, MAX_SPAN), indices)
+    for wrong in (payload[: -len(payload) // 4], payload + b"\1"):
+        with pytest.raises(MalformedError):
+            decode_indices(wrong, count, MAX_SPAN)
+
+
 def test_clustered_indices_take_less_than_scattered_ones() -> None:
     rng = np.random.default_rng(6)
     clustered = np.unique((rng.integers(0, 40, 4000) << 15) + rng.integers(0, 400, 4000)).astype(np.int64)

@@ -7,6 +7,7 @@ from chaos import Chaos
 from rules import RULES
 
 from loscar_core.errors import LoscarError
+from loscar_core.selection import SelectionKind
 
 DEATHS = {
     "kills": Chaos(cut=0.004, kill=0.0012, kills=6),
@@ -19,6 +20,7 @@ DEATHS = {
     "deadlines and kills": Chaos(cut=0.003, kill=0.001, deadlines=True, slow=True, backlog=2),
     "dense rounds": Chaos(cut=0.004, kill=0.001, crash=0.001, limits={"consolidation_share": 0.3}),
     "stops": Chaos(cut=0.003, kill=0.001, stops=True),
+    "topk": Chaos(cut=0.003, kill=0.001, crash=0.001, zombies=True, replays=0.01, selections=(SelectionKind.TOPK,)),
 }
 SEEDS = 16
 MOST_SEEDS = 60

@@ -18,6 +18,10 @@ SCHEDULES = {
     "joiners": Chaos(cut=0.003, crash=0.001, joiners=3, observers=1),
     "bfloat16": Chaos(cut=0.004, deadlines=True, value_type=ValueType.BFLOAT16),
     "int8": Chaos(cut=0.004, crash=0.001, value_type=ValueType.INT8),
+    "topk": Chaos(cut=0.004, crash=0.001, deadlines=True, slow=True, joiners=1, selections=(SelectionKind.TOPK,)),
+    "topk and int8": Chaos(
+        cut=0.004, backlog=2, observers=1, selections=(SelectionKind.TOPK,), value_type=ValueType.INT8
+    ),
 }
 
 

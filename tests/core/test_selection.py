@@ -266,7 +266,7 @@ def test_top_k_equals_sorting(values: list[float], data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 700, 20_000, 100_000])
-@pytest.mark.parametrize("shape", ["normal", "steps", "constant", "few-large", "misleading-sample"])
+@pytest.mark.parametrize("shape", ["normal", "steps", "constant", "few-large", "misleading-sample", "mostly-zero"])
 def test_top_k_of_many(shape: str, count: int) -> None:
     size = 200_000
     rng = np.random.default_rng(2)
@@ -279,6 +279,8 @@ def test_top_k_of_many(shape: str, count: int) -> None:
         values[::1000] *= 1e6
     elif shape == "misleading-sample":
         values[::61] *= 1e6
+    elif shape == "mostly-zero":
+        values[rng.random(size) < 0.9] = 0
     chosen = top_k(values, count)
     expected = np.sort(np.argsort(-np.abs(values), kind="stable")[:count])
     assert chosen.dtype == np.int64

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import datetime
+import errno
 import ipaddress
 import json
 import os
 import shutil
 import stat
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.x509.oid import ExtendedKeyUsageOID, ExtensionOID
 
-from loscar_core.errors import ConfigError
+from loscar_core.errors import ConfigError, SystemRefusedError
 from loscar_deploy import certs
 from loscar_deploy.certs import make_certificates
 from loscar_deploy.cli import main
@@ -156,6 +158,27 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"certificates in .*file"):
         make_certificates(tmp_path / "file", ["localhost"], [])
+
+
+@pytest.mark.parametrize("saved", [0, 1])
+def test_a_full_disk_leaves_nothing_behind(saved: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, left = tmp_path / "pki", [saved]
+
+    class Certificate:
+        def public_bytes(self, _: object) -> bytes:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    def save(pair: certs.Pair, certificate: Any, key: Any, made: list[Path]) -> list[Path]:
+        left[0] -= 1
+        return whole(pair, certificate if left[0] >= 0 else Certificate(), key, made)
+
+    whole = certs._save
+    with monkeypatch.context() as patch:
+        patch.setattr(certs, "_save", save)
+        with pytest.raises(SystemRefusedError, match=r"certificates in .*pki: No space left on device"):
+            make_certificates(folder, ["localhost"], [])
+    assert list(folder.iterdir()) == []
+    assert len(make_certificates(folder, ["localhost"], [])) == 4
 
 
 def test_the_command_says_what_it_wrote(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

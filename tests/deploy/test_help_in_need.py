@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import signal
 import socket
 import subprocess
@@ -12,15 +13,24 @@ from typing import Any
 
 import grpc
 import pytest
-from processes import DEADLINE_S, Process, Processes
+from processes import DEADLINE_S, Process, Processes, descendants
+from torch import nn
 
-from loscar_core.errors import ConfigError, ConnectError, PortInUseError, SystemRefusedError, all_errors
-from loscar_deploy import run_folder
+from loscar_core.errors import (
+    AuthenticationError,
+    ConfigError,
+    ConnectError,
+    PortInUseError,
+    SystemRefusedError,
+    all_errors,
+)
+from loscar_deploy import certs, run_folder
 from loscar_deploy.cli import main
 from loscar_deploy.run_data import NO_RUN_FOLDER
 from loscar_deploy.run_folder import RunFolder
 from loscar_wire.status import from_status
 from loscar_wire.transport import check_free, parse_address
+from loscar_worker import join
 
 SUPPORT = Path(__file__).parents[1] / "support"
 TINY = ["--task", "tiny_task:Tiny"]
@@ -104,6 +114,22 @@ def test_tls_to_a_server_without_it_names_both_ways_out() -> None:
     )
 
 
+def test_a_clock_that_is_off_is_asked_about(
+    processes: Processes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Certificates of a machine whose clock is days ahead; or this machine's is behind."""
+    with monkeypatch.context() as patch:
+        patch.setattr(certs, "BACKDATED", datetime.timedelta(days=-2))
+        certs.make_certificates(tmp_path, ["127.0.0.1"], [])
+    pair = ["--tls-cert", str(tmp_path / "server.pem"), "--tls-key", str(tmp_path / "server-key.pem")]
+    server = processes.server(*pair)
+    ask = processes.loscar("status", "--server", server.address, "--tls-ca", str(tmp_path / "ca.pem"))
+    said = told(ask, 11)
+    assert said.startswith("the server's certificate is not valid yet: is this machine's clock right? ("), said
+    with pytest.raises(AuthenticationError, match="is this machine's clock right"):
+        join(server.address, nn.Linear(2, 2), tls_ca=str(tmp_path / "ca.pem"), connect_timeout_s=20.0)
+
+
 # --- ports --------------------------------------------------------------------------------------------------
 
 
@@ -158,12 +184,25 @@ def test_a_full_disk_is_said_with_the_file(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
-def test_a_run_that_meets_a_full_disk_ends_with_the_file_s_name(processes: Processes, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("file", "said"),
+    [
+        ("metrics.jsonl", "{} cannot be written: No space left on device"),
+        (
+            "workers/w0.rounds.jsonl",
+            "no worker is left: w0 ended with status 21: --rounds-log {} cannot be written: No space left on device",
+        ),
+    ],
+)
+def test_a_run_that_meets_a_full_disk_ends_with_the_file_s_name(
+    file: str, said: str, processes: Processes, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
-    out.mkdir()
-    (out / "metrics.jsonl").symlink_to("/dev/full")
-    run = processes.loscar("run", *TINY, "--workers", "1", "--duration", "10m", "--out", str(out), cwd=SUPPORT)
-    assert told(run, 21) == f"{out}/metrics.jsonl cannot be written: No space left on device"
+    (out / "workers").mkdir(parents=True)
+    (out / file).symlink_to("/dev/full")
+    pace = ["--link", "none", "--step-time", "1ms", "--sync-interval", "2ms", "--duration", "10m"]
+    run = processes.loscar("run", *TINY, "--workers", "1", *pace, "--out", str(out), cwd=SUPPORT)
+    assert told(run, 21) == said.format(out / file)
     assert f"the run folder is {out}" in run.out
 
 
@@ -204,6 +243,46 @@ def test_loaded_it_treats_ctrl_c_as_before() -> None:
         capture_output=True, text=True, timeout=DEADLINE_S, check=True,
     )  # fmt: skip
     assert with_nohup.stdout.startswith("loscar ")
+
+
+IMPORTING = """
+import signal, sys
+class Dying:
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+class Interrupting:
+    def find_spec(self, name, path=None, target=None):
+        if name == "MODULE":
+            sys.meta_path.remove(self)
+            print("MODULE", flush=True)
+            Dying()
+sys.meta_path.insert(0, Interrupting())
+from loscar_deploy.entry import main
+sys.exit(main())
+"""
+"""Ctrl+C comes while a module is looked for, in a destructor: an exception does not get out of that."""
+
+
+@pytest.mark.parametrize(
+    ("module", "command"),
+    [
+        ("loscar_deploy.run", "run"),
+        ("uvloop", "run"),
+        ("torch", "run --task tiny_task:Tiny"),
+        ("torch", "simulate --task tiny_task:Tiny"),
+        ("uvloop", "server --listen 127.0.0.1:0"),
+        ("torch", "worker --server 127.0.0.1:1 --connect-timeout 1s"),
+    ],
+)
+def test_ctrl_c_while_a_command_imports_what_it_needs_is_not_lost(
+    module: str, command: str, processes: Processes, tmp_path: Path
+) -> None:
+    where = {"PYTHONPATH": str(SUPPORT)}
+    process = processes.python("-c", IMPORTING.replace("MODULE", module), *command.split(), cwd=tmp_path, **where)
+    assert process.wait() == 130, process.err
+    assert (process.out.split(), process.err) == ([module], "")
+    assert not descendants(process.pid)
+    assert not any(tmp_path.glob("runs/*/logs/*"))
 
 
 # --- all of them --------------------------------------------------------------------------------------------

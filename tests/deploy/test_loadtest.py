@@ -99,6 +99,7 @@ def test_a_run_that_ends_too_soon_is_an_error(processes: Processes) -> None:
         (["--server", "8.8.8.8:50051"], "8.8.8.8, a public address: load tests stay in one's own network"),
         (["--server", "nowhere"], "expected HOST:PORT"),
         (["--selection", "best"], "--selection 'best' is not one of"),
+        (["--selection", "topk"], "--selection topk: synthetic workers have no changes"),
         (["--density", "x"], "--density"),
         (["--link", "rtt=fast"], "rtt: 'fast' is not a number"),
         (["--rounds", "0"], "--rounds"),

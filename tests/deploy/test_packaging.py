@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import inspect
 import json
@@ -129,6 +130,14 @@ def test_bash_completes_commands_options_values_and_files(script: Path, tmp_path
     assert completed(script, "loscar run --out f", tmp_path) == {"folder"}
     assert "file.pem" in completed(script, "loscar server --tls-cert f", tmp_path)
     assert "--exit-with-parent" not in completed(script, "loscar run --e", tmp_path)
+
+
+def test_every_option_of_every_command_is_completed(script: Path, tmp_path: Path) -> None:
+    (commands,) = (a.choices for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction))
+    assert len(commands) > 10
+    for name, parser in commands.items():
+        shown = {o for a in parser._actions if a.help != argparse.SUPPRESS for o in a.option_strings if o[:2] == "--"}
+        assert completed(script, f"loscar {name} --", tmp_path) >= shown, name
 
 
 @pytest.mark.parametrize("shell", SHELLS)

@@ -9,7 +9,7 @@ import json
 import re
 import shlex
 import tracemalloc
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from loscar_core.config import ServerLimits
 from loscar_core.errors import ConfigError
-from loscar_core.messages import Contribution
+from loscar_core.messages import Contribution, Heartbeat, WorkerReport
 from loscar_core.plan import RoundKind, RoundPlan, parts_of, slices
 from loscar_core.replica import Replica
 from loscar_core.selection import SelectionKind, selection_size
@@ -30,8 +30,9 @@ from loscar_deploy import options
 from loscar_deploy.cli import build_parser, main
 from loscar_deploy.link_spec import DirectionSpec, LinkSpec
 from loscar_deploy.plan import DENSITIES, HIDDEN, Plan, Question, evaluate, make_plan
-from loscar_deploy.plan_costs import Round
+from loscar_deploy.plan_costs import REPORT, Round, framed, heartbeat_bytes
 from loscar_deploy.plan_timing import Pace, Parts, Seat, arrivals, timing
+from loscar_wire.mapping import encode_worker_message
 from loscar_worker.tasks import load_task
 
 ROOT = Path(__file__).parents[2]
@@ -350,7 +351,7 @@ def test_a_simulated_run_is_as_planned(setting: list[str], capsys: pytest.Captur
         for sent in wire:
             assert sent == pytest.approx(days * plan[f"worker_bytes_{way}_per_day"], rel=0.1)
     for measured, idle in zip(run["idle_fraction"], plan["idle_fraction"], strict=True):
-        assert measured == pytest.approx(idle, abs=0.05)
+        assert measured == pytest.approx(idle, rel=0.1, abs=0.01)
     for steps, local, overlap in zip(
         run["steps"], plan["local_steps_expected"], plan["overlap_steps_expected"], strict=True
     ):
@@ -381,6 +382,13 @@ def test_the_printed_commands_have_the_plan(capsys: pytest.CaptureFixture[str]) 
         assert (worker.server, worker.task, worker.workers) == ("train.example.org:50051", "my_task:make", "8")
 
 
+def test_a_heartbeat_is_counted_with_all_that_it_may_tell() -> None:
+    for name, value in asdict(REPORT).items():
+        nothing = {name: None if WorkerReport.__dataclass_fields__[name].default is None else 0}
+        less = len(encode_worker_message(Heartbeat(1 << 55, 1000, replace(REPORT, **nothing))))
+        assert framed(less) < heartbeat_bytes()[0], f"{name} is {value}, which takes nothing"
+
+
 def test_a_fleet_costs_the_server_what_its_workers_send(capsys: pytest.CaptureFixture[str]) -> None:
     plan = planned(capsys, *MODEL, "--lr", "0.1", "--noise", "0.02")
     assert plan["server_bytes_in_per_day"] == 8 * plan["worker_bytes_up_per_day"]
@@ -406,7 +414,7 @@ WRONG = [
     (["--density", "1.5"], "--density 1.5 is above 1"),
     (["--density", "0"], "--density '0' is not above 0"),
     (["--density", "nan"], "--density 'nan' is not a finite number"),
-    (["--selection", "topk"], "--selection topk is no selection of a run"),
+    (["--selection", "topk"], "--selection topk cannot be planned: use sweep"),
     (["--selection", "some"], "--selection 'some' is not one of"),
     (["--selection", "all", "--density", "0.5"], "--density 0.5 with --selection all"),
     (["--wire-dtype", "int4"], "--wire-dtype 'int4' is not one of float32"),

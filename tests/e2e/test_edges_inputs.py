@@ -20,9 +20,10 @@ from loscar_core import worker_engine
 from loscar_core.errors import all_errors
 from loscar_deploy.certs import make_certificates
 from loscar_deploy.cli import main
+from loscar_deploy.commands.training import BUILT_IN_TASKS
 from loscar_deploy.run_data import NO_RUN_FOLDER
 from loscar_deploy.run_folder import RunFolder
-from loscar_worker.tasks import load_task
+from loscar_worker.tasks import load_task, task_names
 
 SUPPORT = Path(__file__).parents[1] / "support"
 NOBODY = "127.0.0.1:1"
@@ -77,7 +78,8 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Refused:
         ("--density much", "--density 'much' is not a number"),
         ("--coordinates 0", "--coordinates '0' is below 1"),
         ("--wire-dtype float8", "--wire-dtype 'float8' is not one of float32, bfloat16, float16, int8"),
-        ("--selection topk", "selection topk is not available"),
+        ("--selection topk --method dppf", "--selection topk is not for method dppf"),
+        ("--selection tail", "selection tail is not available"),
         ("--merge blend", "merge 'blend' is not one of delay-corrected, overwrite"),
         ("--method dpf", "method 'dpf' is not one of loscar, dppf, mixvr"),
         ("--method dppf:alpha=2", "method dppf: alpha=2 is outside (0, 1]"),
@@ -104,6 +106,11 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Refused:
 )
 def test_what_all_members_of_a_run_share(refused: Refused, command: str, options: str, said: str) -> None:
     assert said in refused(3, *command.split(), *options.split())
+
+
+def test_what_does_not_go_together_on_a_server(refused: Refused) -> None:
+    said = refused(3, "server", "--json", "--selection", "topk", "--aggregate", "median")
+    assert said.startswith("aggregate median with selection topk")
 
 
 @pytest.mark.parametrize("command", ["run --json", "simulate --json"])
@@ -196,7 +203,10 @@ def test_what_a_worker_gets(refused: Refused, tmp_path: Path, options: str, said
     assert said.replace("DIR", str(tmp_path)) in refused(3, "worker", *arguments)
 
 
-@pytest.mark.parametrize("command", ["worker", "simulate --json", "doctor --json"])
+@pytest.mark.parametrize(
+    "command",
+    ["worker", "simulate --json", "doctor --json", "run --json", "compare --json", "compare --json --simulate"],
+)
 @pytest.mark.parametrize(
     ("task", "said"),
     [
@@ -213,11 +223,18 @@ def test_what_a_worker_gets(refused: Refused, tmp_path: Path, options: str, said
 def test_a_task_that_cannot_be_loaded(
     refused: Refused, capsys: pytest.CaptureFixture[str], command: str, task: str, said: str
 ) -> None:
+    """A whole run says so as well before anything has started, or been written."""
+    before = list(SUPPORT.glob("runs/*"))
     if command.startswith("doctor"):  # which answers with its findings
         assert main([*command.split(), "--task", task]) == 8
         assert said in capsys.readouterr().out
     else:
         assert said in refused(8, *command.split(), "--task", task)
+    assert list(SUPPORT.glob("runs/*")) == before
+
+
+def test_what_needs_no_look_before_a_run_is_built_in() -> None:
+    assert task_names() == BUILT_IN_TASKS
 
 
 @pytest.mark.parametrize(

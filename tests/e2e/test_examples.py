@@ -15,7 +15,7 @@ from torch import Tensor
 
 from loscar_deploy.cli import build_parser
 
-pytestmark = [pytest.mark.long, pytest.mark.timeout(240)]
+pytestmark = pytest.mark.timeout(240)
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 ADDRESS = "127.0.0.1:50051"

@@ -23,7 +23,7 @@ import psutil
 import pytest
 from processes import Process, Processes, alive, descendants, wait_until
 
-from loscar_core.errors import ConfigError
+from loscar_core.errors import ConfigError, UnknownTaskError
 from loscar_deploy.cli import build_parser, main
 from loscar_deploy.ray_options import HEAD, RayPlan, Resources, parse_resources, ray_plan
 from loscar_wire.transport import parse_address
@@ -126,6 +126,7 @@ class Cluster:
     def __init__(self, folder: Path, nodes: list[dict[str, Any]]) -> None:
         self.folder = folder
         self.environment = {"RAY_TMPDIR": str(folder), "TMPDIR": str(folder), "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+        self._killed = 0
         self._out = folder / "out"
         with self._out.open("wb") as out, (folder / "err").open("wb") as err:
             self.popen = subprocess.Popen(
@@ -154,7 +155,8 @@ class Cluster:
         assert self.popen.stdin is not None
         self.popen.stdin.write(f"{number}\n".encode())
         self.popen.stdin.flush()
-        assert json.loads(self._line(1)) == {"killed": number}
+        self._killed += 1
+        assert json.loads(self._line(self._killed)) == {"killed": number}
 
     def parts(self) -> dict[str, psutil.Process]:
         """The processes of runs, by name."""
@@ -197,7 +199,7 @@ def cluster() -> Iterator[Cluster]:
     try:
         started = Cluster(
             folder,
-            [{"num_cpus": 1}, {"num_cpus": 2, "resources": {"fast": 2}}, {"num_cpus": 2, "resources": {"fast": 2}}],
+            [{"num_cpus": 1}, *({"num_cpus": 2, "resources": {"fast": 2}} for _ in range(3))],
         )
         yield started
     finally:
@@ -247,15 +249,17 @@ class TestOnACluster:
         """The digits, one worker for each kind of node; everything in the run folder, and the token nowhere."""
         out = tmp_path / "out"
         flags = ["--workers", "2", "--worker-resources", "cpus=1,fast=1;cpus=2,fast=2", "--duration", "10s"]
+        flags += ["--dashboard", "127.0.0.1:0"]
         driver = Driver(processes, cluster, out, *flags, at=cluster.address, LOSCAR_TOKEN=SECRET)
         parts = wait_until(lambda: len(found := cluster.parts()) == 3 and found, "all are there", PATIENCE_S)
         assert cluster.node_of(parts["server"]) == 0, "the head's"
-        assert {cluster.node_of(parts["w0"]), cluster.node_of(parts["w1"])} == {1, 2}
+        assert len({0, cluster.node_of(parts["w0"]), cluster.node_of(parts["w1"])}) == 3
         assert parts["w1"].cmdline()[parts["w1"].cmdline().index("--threads") + 1] == "2"
         everybody = [process for process in psutil.process_iter() if alive(process)]
         assert not [p for p in everybody if SECRET in " ".join(cmdline_of(p))]
         assert driver.ends() == 0, driver.text
         summary = driver.summary
+        assert "dashboard at http://127.0.0.1:" in driver.text
         assert summary["accuracy"] > 0.9
         assert summary["bytes_wire_up"] is None
         assert len(summary["steps"]) == 2
@@ -301,18 +305,59 @@ class TestOnACluster:
         cluster.nothing_left()
 
     def test_no_cluster_there(self, processes: Processes, cluster: Cluster, tmp_path: Path) -> None:
-        server = processes.server()
-        for at, why in (
-            ("127.0.0.1:1", "nothing answers at 127.0.0.1:1: Connection refused"),
-            ("ray://127.0.0.1:1", "nothing answers at 127.0.0.1:1: Connection refused"),
+        server = processes.server()  # speaks gRPC, and is no Ray
+        head, client = cluster.address, cluster.client.removeprefix("ray://")
+        for scheme, at, why in (
+            ("", "127.0.0.1:1", "nothing answers at 127.0.0.1:1: Connection refused"),
+            ("ray://", "127.0.0.1:1", "nothing answers at 127.0.0.1:1: Connection refused"),
+            ("", server.address, f"what answers at {server.address} is no Ray cluster"),
+            ("ray://", server.address, f"what answers at {server.address} is no Ray cluster"),
+            ("", client, f"what answers at {client} is no Ray cluster"),  # each of them has its own port
+            ("ray://", head, f"what answers at {head} is no Ray cluster"),
         ):
-            driver = Driver(processes, cluster, tmp_path / "out", at=at)
+            driver = Driver(processes, cluster, tmp_path / "out", at=scheme + at)
             assert driver.ends() == 4, driver.text
-            assert why in driver.text
+            assert f"loscar: --on {scheme}{at}: {why}\n" in driver.text
+            assert "Warning" not in driver.text
         driver = Driver(processes, cluster, tmp_path / "out", at="nonsense")
         assert driver.ends() == 3, driver.text
         assert not (tmp_path / "out").exists()
         assert server.popen.poll() is None
+
+    def test_a_wrong_task_fails_before_anything_starts(
+        self, processes: Processes, cluster: Cluster, tmp_path: Path
+    ) -> None:
+        """In the folder that is to go to the nodes, which is not the one that the command is started in."""
+        code = tmp_path / "code"
+        code.mkdir()
+        (code / "tiny_task.py").write_text("raise RuntimeError('not that one')\n", encoding="utf-8")
+        out = tmp_path / "out"
+        for task, why in (
+            ("tiny_task:Tiny", "task tiny_task:Tiny cannot be imported: RuntimeError: not that one"),
+            ("steady_task:Nothing", "task steady_task:Nothing cannot be imported"),
+            ("nowhere:Task", "task nowhere:Task cannot be imported: ModuleNotFoundError: No module named 'nowhere'"),
+        ):
+            driver = Driver(processes, cluster, out, "--task", task, "--working-dir", str(code), at=cluster.address)
+            assert driver.ends() == UnknownTaskError.exit_code, driver.text
+            assert why in driver.text
+            assert "placed" not in driver.text
+        assert not out.exists()
+
+    @pytest.mark.parametrize("through", ["address", "client"])
+    def test_a_killed_command_leaves_no_process(
+        self, processes: Processes, cluster: Cluster, tmp_path: Path, through: str
+    ) -> None:
+        flags = ["--workers", "2", "--duration", "10m", "--step-time", "2ms"]
+        driver = Driver(processes, cluster, tmp_path / "out", *flags, at=getattr(cluster, through))
+        wait_until(driver.metrics, "it runs", PATIENCE_S)
+        parts = cluster.parts()
+        assert len(parts) == 3
+        driver.process.signal(signal.SIGKILL)
+        driver.ends()
+        wait_until(lambda: not any(alive(p) for p in parts.values()), "they end with the command", PATIENCE_S)
+        for left in cluster.folder.glob("loscar-*"):  # actors that were killed for good could not clear up
+            shutil.rmtree(left)
+        cluster.nothing_left()
 
     def test_ctrl_c_drains_and_leaves_nothing(self, processes: Processes, cluster: Cluster, tmp_path: Path) -> None:
         flags = ["--workers", "2", "--duration", "10m", "--step-time", "2ms"]
@@ -402,8 +447,26 @@ class TestOnACluster:
         assert driver.summary["epoch"] == 2
         cluster.nothing_left()
 
-    def test_a_node_is_lost(self, processes: Processes, cluster: Cluster, tmp_path: Path) -> None:
-        """Last, since the node stays lost: its worker comes back on another one, under its name."""
+    def test_the_servers_node_is_lost(self, processes: Processes, cluster: Cluster, tmp_path: Path) -> None:
+        """From here on nodes stay lost."""
+        flags = ["--workers", "2", "--server-resources", "cpus=0,fast=1", "--duration", "10m", "--step-time", "2ms"]
+        driver = Driver(processes, cluster, tmp_path / "out", *flags, at=cluster.address)
+        wait_until(driver.metrics, "it runs", PATIENCE_S)
+        server = cluster.parts()["server"]
+        node = cluster.node_of(server)
+        assert node != 0
+        cluster.kill_node(node)
+        wait_until(lambda: not alive(server), "it went with its node", PATIENCE_S)
+        driver.says("server is lost (")
+        driver.says("server is started again on 127.0.0.1")
+        before = driver.metrics()
+        wait_until(lambda: driver.metrics() > before + 3, "the run goes on", PATIENCE_S)
+        driver.process.signal(signal.SIGINT)
+        assert driver.ends() == 0, driver.text
+        assert driver.summary["epoch"] >= 2
+
+    def test_a_workers_node_is_lost(self, processes: Processes, cluster: Cluster, tmp_path: Path) -> None:
+        """Its worker comes back on another one, under its name."""
         flags = ["--workers", "2", "--worker-resources", "fast=1", "--duration", "10m", "--step-time", "2ms", "--json"]
         driver = Driver(processes, cluster, tmp_path / "out", *flags, at=cluster.address)
         wait_until(lambda: driver.metrics() and driver.steps_of("w1"), "it runs", PATIENCE_S)
@@ -418,13 +481,24 @@ class TestOnACluster:
         before = len(driver.steps_of("w1"))
         wait_until(lambda: len(driver.steps_of("w1")) > before + 2, "w1 takes part again", PATIENCE_S)
         again = cluster.parts()["w1"]
-        assert cluster.node_of(again) == 3 - node
+        assert cluster.node_of(again) != node
         driver.process.signal(signal.SIGINT)
         assert driver.ends() == 0, driver.text
         assert driver.summary["accuracy"] > 0.9
         assert json.loads(driver.process.out) == driver.summary, "and nothing of Ray's own"
         assert "Traceback" not in driver.text
         assert "aylet" not in driver.text
+
+    def test_the_head_node_is_lost(self, processes: Processes, cluster: Cluster, tmp_path: Path) -> None:
+        """Last of all: with it the cluster, the command and every process of the run end."""
+        flags = ["--workers", "2", "--worker-resources", "fast=1", "--duration", "10m", "--step-time", "2ms"]
+        driver = Driver(processes, cluster, tmp_path / "out", *flags, at=cluster.address)
+        wait_until(driver.metrics, "it runs", PATIENCE_S)
+        parts = cluster.parts()
+        cluster.kill_node(0)
+        assert driver.ends() != 0, driver.text
+        assert "Failed to connect to GCS" in driver.text
+        wait_until(lambda: not any(alive(p) for p in parts.values()), "they end with the cluster", PATIENCE_S)
 
 
 def taken(taker: socket.socket, address: str) -> bool:

@@ -218,7 +218,7 @@ def test_a_worker_whose_replica_diverges_leaves_with_its_reason(processes: Proce
     rounds_go_on(crew, server)
     anchor = crew.sessions["bad"].engine.anchor
     right = anchor.next_digest
-    anchor.next_digest = lambda new, statistics: right(new, statistics) ^ 1  # type: ignore[method-assign]
+    anchor.next_digest = lambda *round_: right(*round_) ^ 1  # type: ignore[method-assign]
     with pytest.raises(ReplicaDivergedError, match="left the digest chain again"):
         crew.train_until(lambda: False, "it ends")
     bad = crew.sessions.pop("bad")

@@ -39,15 +39,24 @@ def _consensus(result: SimulationResult) -> bytes:
     return result.consensus.tobytes()
 
 
-@pytest.mark.parametrize("dtype", [ValueType.FLOAT32, ValueType.BFLOAT16])
-def test_the_same_bits_as_real_processes(tmp_path: Path, dtype: ValueType) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "selection"),
+    [
+        (ValueType.FLOAT32, SelectionKind.SWEEP),
+        (ValueType.BFLOAT16, SelectionKind.SWEEP),
+        (ValueType.INT8, SelectionKind.TOPK),
+    ],
+)
+def test_the_same_bits_as_real_processes(tmp_path: Path, dtype: ValueType, selection: SelectionKind) -> None:
     out = tmp_path / "run"
     command = [sys.executable, "-m", "loscar_deploy", "run", "--out", str(out), "--json", "--workers", "3"]
     command += ["--rounds", "6", "--density", "0.1", "--local-steps", "3", "--overlap-steps", "2", "--link", "none"]
+    command += ["--selection", selection.value]
     command += ["--wire-dtype", dtype.value, "--step-time", "5ms", "--slowdown", "1,1,2"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == 0, done.stderr
-    result = Simulation(_plan(link="rtt=80ms,jitter=10ms,rate=5mbit", value_type=dtype)).run()
+    plan = _plan(link="rtt=80ms,jitter=10ms,rate=5mbit", value_type=dtype, selection=selection)
+    result = Simulation(plan).run()
     saved = load_file(out / "model.safetensors")
     names = [n for n, p in load_task("digits").make_model(0).named_parameters() if p.requires_grad]
     real = np.concatenate([saved[n].ravel() for n in names])
@@ -89,10 +98,12 @@ def test_evaluations_are_of_the_average_and_a_target_ends_the_run() -> None:
     assert summary["evaluations"][-1]["time"] <= summary["virtual_seconds"]
 
 
-def test_workers_die_and_come_back() -> None:
+@pytest.mark.parametrize("selection", [SelectionKind.SWEEP, SelectionKind.TOPK])
+def test_workers_die_and_come_back(selection: SelectionKind) -> None:
+    pace = {"rounds": 40, "local_steps": 8, "overlap_steps": None}
     plan = SimulationPlan(
         **{
-            **_fields(_plan(workers=6, link="rtt=50ms", rounds=40, local_steps=8, overlap_steps=None)),
+            **_fields(_plan(workers=6, link="rtt=50ms", selection=selection, **pace)),
             "churn": 0.3,
             "churn_every_s": 1.0,
             "away_s": 0.5,
@@ -105,7 +116,7 @@ def test_workers_die_and_come_back() -> None:
 
 
 def test_both_merges_and_every_selection_run() -> None:
-    for selection in (SelectionKind.RANDOM, SelectionKind.BLOCK, SelectionKind.ALL):
+    for selection in (SelectionKind.RANDOM, SelectionKind.BLOCK, SelectionKind.ALL, SelectionKind.TOPK):
         assert Simulation(_plan(selection=selection, merge=MergeKind.OVERWRITE)).run().rounds == 7
 
 

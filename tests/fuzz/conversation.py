@@ -63,6 +63,11 @@ SERVERS: tuple[tuple[Layout, RunConfig, ServerLimits], ...] = (
         RunConfig(density=1.0, local_steps=1, selection=SelectionKind.ALL, value_type=ValueType.FLOAT16, rounds=6),
         LIMITS,
     ),
+    (
+        NORMALISED,
+        RunConfig(coordinates=7, local_steps=1, selection=SelectionKind.TOPK, value_type=ValueType.INT8),
+        ServerLimits(start_grace_s=0.5, recover_after_s=5.0, norm_bound=3.0, round_cap_s=5.0),
+    ),
 )
 
 

@@ -101,6 +101,8 @@ class Recorder:
         self._heard(peer, DRAINED)
         if opened is not None and not opened.contributed:
             values = self.rng.normal(size=opened.indices.size).astype(np.float32)
+            if peer == LISTENER:  # what whoever listens will say: with a selection of its own that is in the answer
+                values = engine.anchor.gather(opened.plan, opened.indices, 0, values.size) + np.float32(0.25)
             statistics = np.ones(self.target.layout.statistics_size, np.float32)
             for effect in engine.snapshot(opened.plan.round, values, statistics, 1, 0) or []:
                 assert isinstance(effect, we.Emit)

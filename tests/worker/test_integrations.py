@@ -22,7 +22,6 @@ from loscar_core.errors import ConfigError
 from loscar_worker.session import Session
 
 pytestmark = [
-    pytest.mark.long,
     pytest.mark.timeout(200),
     # The frameworks' own affairs.
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),

@@ -300,16 +300,15 @@ def compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callab
     torch.compiler.reset()
 
 
-@pytest.mark.long
 @pytest.mark.timeout(400)  # the compiler takes its time on a loaded machine
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
 @pytest.mark.parametrize(
     ("backend", "joins", "traced"),
     [
-        ("inductor", "the module", "before joining"),
+        pytest.param("inductor", "the module", "before joining", marks=pytest.mark.long),
         ("aot_eager", "the module", "after joining"),
-        ("aot_eager", "the compiled one", "before joining"),
-        ("aot_eager", "the compiled one", "after joining"),
+        pytest.param("aot_eager", "the compiled one", "before joining", marks=pytest.mark.long),
+        pytest.param("aot_eager", "the compiled one", "after joining", marks=pytest.mark.long),
     ],
 )
 def test_compiled_models(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -9,7 +10,7 @@ import signal
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from typing import IO, TYPE_CHECKING, Any
 import torch
 from safetensors.numpy import save
 
-from loscar_core.errors import ConfigError, InterruptedRunError, ServerLostError
+from loscar_core.errors import ConfigError, InterruptedRunError, ServerLostError, SystemRefusedError
 from loscar_core.layout import VECTOR_PREFIX
 from loscar_core.methods import parse_method
 from loscar_core.replica import Floats
@@ -258,15 +259,30 @@ def run_worker(
                     if not session.part(options.parting_s):
                         log.info("left after %g s with progress that has not gone out", options.parting_s)
                     saver.save()
-        for path, values in ((options.save_model, session.live_values), (options.save_last, session.last_values)):
+        for option, path, values in (
+            ("--save-model", options.save_model, session.live_values),
+            ("--save-last", options.save_last, session.last_values),
+        ):
             if path is not None:
-                save_values(path, session, values())
+                with _naming(option, path):
+                    save_values(path, session, values())
         if options.result is not None:
-            write_json(options.result, figures(session, timer))
+            with _naming("--result", options.result):
+                write_json(options.result, figures(session, timer))
     finally:
         if rounds is not None:
-            rounds.close()
+            with _naming("--rounds-log", options.rounds_log):
+                rounds.close()
     return 0
+
+
+@contextlib.contextmanager
+def _naming(option: str, path: Path | None) -> Iterator[None]:
+    """A failed write says of itself which file it was: the system does not. Raises SystemRefusedError."""
+    try:
+        yield
+    except OSError as error:
+        raise SystemRefusedError(f"{option} {path} cannot be written: {error.strerror or error}") from None
 
 
 def _check_outputs(options: WorkerOptions) -> None:
@@ -310,7 +326,8 @@ def _join(
         file = rounds
 
         def write_round(record: RoundRecord) -> None:
-            file.write(json.dumps(asdict(record)) + "\n")
+            with _naming("--rounds-log", options.rounds_log):
+                file.write(json.dumps(asdict(record)) + "\n")
             if metrics is not None:
                 metrics.merged(record)
 

@@ -272,7 +272,8 @@ class Background:
     def _select(self, opened: RoundOpen) -> Selected:
         where = opened.where
         selected = self._view.select(range(where.start, where.stop) if isinstance(where, slice) else where)
-        self._prepared = (opened.plan.round, selected)
+        # With an explicit selection the answer has other coordinates than the snapshot.
+        self._prepared = None if opened.plan.explicit else (opened.plan.round, selected)
         return selected
 
     def _prepare(self, update: Update) -> ReadyUpdate:

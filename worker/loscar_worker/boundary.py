@@ -22,10 +22,10 @@ from loscar_core.config import RunConfig
 from loscar_core.errors import ConfigError
 from loscar_core.merge import RejoinKind, projection
 from loscar_core.messages import WorkerReport
-from loscar_core.methods import Arrival, Merged, Method, parse_method
+from loscar_core.methods import Arrival, Merged, Method, parse_method, require_selection
 from loscar_core.methods.loscar_sgd import LoscarSgd
 from loscar_core.plan import RoundKind, RoundPlan, is_dependent
-from loscar_core.replica import Floats, Indices
+from loscar_core.replica import Floats, Where
 from loscar_core.selection import SelectionKind
 from loscar_core.worker_cycle import Action, Cycle, Situation
 from loscar_core.worker_effects import RunEnded
@@ -140,7 +140,7 @@ class TrainingHalf:
         self._pair_open = False  # the first round of a pair was merged, the second one is yet to come
         self._max_steps: int | None = None
         self._unsent: NDArray[np.bool_] | None = None
-        self._parting: Indices | None = None
+        self._parting: Where | None = None
         self._parts_alone = True
         self._losses: deque[Tensor | float] = deque(maxlen=LOSSES_KEPT)
         self._loss: float | None = None
@@ -376,7 +376,7 @@ class TrainingHalf:
         self._snapshot_steps = self._cycle.steps_since_merge
         self._cycle.took_snapshot(plan.round)
         if self._unsent is not None:
-            self._parting = opened.open.indices
+            self._parting = opened.open.where
         self._snapshot_at = self.run_s
         self._in_final_round = plan.kind is RoundKind.FINAL
 
@@ -422,7 +422,7 @@ class TrainingHalf:
         own = update.settles is not None
         if own and self._unsent is not None and self._parting is not None:
             if update.whole:
-                self._unsent[self._parting] = False
+                self._unsent[self._parting if update.covers is None else update.covers] = False
             self._parting = None
         if self._unsent is not None and plan is None and update.sent is not None:  # something was given back
             self._unsent[slice(None) if update.indices is None else update.indices] = True
@@ -540,8 +540,10 @@ def _named(vectors: Iterable[str]) -> str:
 
 
 def method_of(config: RunConfig, pace: Pace) -> Method:
-    """The run's method. Raises ConfigError for one that is not known here, or whose pace is not this worker's."""
+    """The run's method. Raises ConfigError for one that is not known here, or whose pace is not this worker's, or that
+    is none with the run's selection."""
     method = parse_method(config.method).with_merge(config.merge)
+    require_selection(method, config.selection)
     for name, own in (("local_steps", pace.local_steps), ("overlap_steps", pace.overlap_steps)):
         fixed = method.demands()
         if own is not None and name in fixed and own != fixed[name]:

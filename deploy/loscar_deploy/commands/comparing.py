@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from loscar_core.errors import ConfigError
 from loscar_deploy import options as o
 from loscar_deploy.commands import Declare, download, print_json, require_torch
-from loscar_deploy.commands.training import run_plan, simulation_plan
+from loscar_deploy.commands.training import check_task, run_plan, simulation_plan
 
 if TYPE_CHECKING:
     from loscar_deploy.compare import Case, Row
@@ -130,6 +130,7 @@ def _real(args: Namespace, cases: Sequence[Case]) -> Callable[[Case], dict[str, 
     from loscar_deploy.run import execute
 
     plans = {case.name: run_plan(case.args) for case in cases}
+    check_task(plans[cases[0].name])
     if args.download:
         download(args)
     return lambda case: execute(plans[case.name], quiet=True)

@@ -27,6 +27,8 @@ def _loadtest(args: Namespace) -> int:
         selection = SelectionKind(args.selection)
     except ValueError:
         raise ConfigError(f"--selection {args.selection!r} is not one of sweep, random, block, all") from None
+    if selection is SelectionKind.TOPK:
+        raise ConfigError("--selection topk: synthetic workers have no changes whose largest they could send")
     plan = LoadPlan(
         workers=o.whole("--workers", args.workers, 1),
         dimension=o.whole("--params", args.params, 1),

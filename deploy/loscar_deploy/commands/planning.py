@@ -34,7 +34,7 @@ def question_of(args: Namespace) -> Question:
         raise ConfigError("--local-steps 0 with --overlap-steps 0 would average without ever training")
     selection = o.member(SelectionKind, "--selection", args.selection)
     if selection in (SelectionKind.TOPK, SelectionKind.HEAD, SelectionKind.TAIL):
-        raise ConfigError(f"--selection {selection.value} is no selection of a run: use sweep, random, block or all")
+        raise ConfigError(f"--selection {selection.value} cannot be planned: use sweep, random, block or all")
     density = None if args.density is None else _density(args.density)
     if selection is SelectionKind.ALL and density is not None and density < 1:
         raise ConfigError(f"--density {args.density} with --selection all, which carries every coordinate")

@@ -12,6 +12,7 @@ from loscar_core.errors import ConfigError
 from loscar_deploy import logs
 from loscar_deploy import options as o
 from loscar_deploy.commands import Declare, download, print_json, quiet_grpc, require_torch
+from loscar_deploy.interrupts import ended_at_once
 
 log = logging.getLogger("loscar")
 
@@ -25,14 +26,15 @@ _LOG_FORMAT = "text, JSON lines, or auto: JSON lines where standard error is no 
 
 def _server(args: Namespace) -> int:
     logs.know(role="server")
-    import asyncio
+    with ended_at_once():
+        import asyncio
 
-    import uvloop
+        import uvloop
 
-    from loscar_deploy.dashboard.app import dashboard_at
-    from loscar_deploy.metrics_endpoint import metrics_at
-    from loscar_server.admission import StreamLimits
-    from loscar_server.app import ServerOptions, ServerProcess, run_id_bytes, serve
+        from loscar_deploy.dashboard.app import dashboard_at
+        from loscar_deploy.metrics_endpoint import metrics_at
+        from loscar_server.admission import StreamLimits
+        from loscar_server.app import ServerOptions, ServerProcess, run_id_bytes, serve
 
     workers = None if args.workers is None else o.whole("--workers", args.workers, 1)
     config = o.run_config(args)
@@ -99,14 +101,15 @@ def _server(args: Namespace) -> int:
 
 def _worker(args: Namespace) -> int:
     logs.know(role="worker")
-    require_torch()
-    quiet_grpc()
-    from loscar_core.methods import parse_method
-    from loscar_deploy.metrics_endpoint import metrics_at
-    from loscar_server.app import run_id_bytes
-    from loscar_worker.app import WorkerOptions, run_worker
-    from loscar_worker.joining import default_name
-    from loscar_worker.session import Session
+    with ended_at_once():
+        require_torch()
+        quiet_grpc()
+        from loscar_core.methods import parse_method
+        from loscar_deploy.metrics_endpoint import metrics_at
+        from loscar_server.app import run_id_bytes
+        from loscar_worker.app import WorkerOptions, run_worker
+        from loscar_worker.joining import default_name
+        from loscar_worker.session import Session
 
     if args.download:
         download(args)

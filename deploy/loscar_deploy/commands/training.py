@@ -9,11 +9,15 @@ from typing import TYPE_CHECKING
 from loscar_deploy import options as o
 from loscar_deploy import ray_options
 from loscar_deploy.commands import Declare, download, print_json, require_torch
+from loscar_deploy.interrupts import ended_at_once
 
 if TYPE_CHECKING:
     from loscar_deploy.run import RunPlan
     from loscar_deploy.simulation import SimulationPlan
     from loscar_worker.tasks import Task
+
+BUILT_IN_TASKS = ("a9a", "charlm", "cifar10", "cifar10-resnet18", "digits", "mnist", "tiny-imagenet")
+"""What needs no look, and so no torch, before a run of processes is started."""
 
 
 def run_plan(args: Namespace) -> RunPlan:
@@ -94,6 +98,23 @@ def simulation_plan(args: Namespace, task: Task | None = None) -> SimulationPlan
     )
 
 
+def check_task(plan: RunPlan) -> None:
+    """Make the task of a run and drop it again, so that one which cannot be made is refused before anything starts.
+
+    Built-in ones are left to the workers: they fail for missing data only, which a worker of another machine may have.
+
+    Raises:
+        LoscarError: see `loscar_worker.tasks.load_task`.
+    """
+    args = plan.args
+    if args.task in BUILT_IN_TASKS:
+        return
+    from loscar_worker.tasks import load_task
+
+    size = None if plan.batch_sizes is None else plan.batch_sizes[0]
+    load_task(args.task, args.data_dir, batch_size=size, lr=_learning_rate(args))
+
+
 def _fill_in(args: Namespace) -> None:
     if args.rounds is None and args.duration is None and args.max_steps is None:
         args.duration = "30s"
@@ -122,17 +143,21 @@ def _default_slowdown(args: Namespace, workers: int) -> str:
 
 
 def _run(args: Namespace) -> int:
-    from loscar_deploy.run import execute
-    from loscar_deploy.writers import check as check_writers
+    with ended_at_once():
+        from loscar_deploy.run import execute
+        from loscar_deploy.writers import check as check_writers
 
-    require_torch()
-    on_ray = ray_options.ray_plan(args)
-    plan = run_plan(args)
-    check_writers(args.writer or ())
+        require_torch()
+        on_ray = ray_options.ray_plan(args)
+        plan = run_plan(args)
+        check_writers(args.writer or ())
+        if on_ray is None:  # there its module may be on the nodes only
+            check_task(plan)
     if args.download:
         download(args)
     if on_ray is None:
-        summary = execute(plan)
+        with ended_at_once():  # until the run has handlers of its own
+            summary = execute(plan)
     else:
         from loscar_deploy.ray_run import execute_on_ray
 
@@ -143,8 +168,9 @@ def _run(args: Namespace) -> int:
 
 
 def _simulate(args: Namespace) -> int:
-    require_torch()
-    from loscar_deploy.simulate import execute
+    with ended_at_once():
+        require_torch()
+        from loscar_deploy.simulate import execute
 
     plan = simulation_plan(args)
     summary = execute(plan, args)

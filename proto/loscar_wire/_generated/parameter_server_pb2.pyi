@@ -287,7 +287,7 @@ class Partial(_message.Message):
     def __init__(self, position: _Optional[_Union[Position, _Mapping]] = ..., digest: _Optional[int] = ..., filled: _Optional[int] = ...) -> None: ...
 
 class Contribution(_message.Message):
-    __slots__ = ("epoch", "round", "part", "offset", "values", "checksum", "local_steps", "overlap_steps", "indices", "base", "index_coding")
+    __slots__ = ("epoch", "round", "part", "offset", "values", "checksum", "local_steps", "overlap_steps", "indices", "base", "index_coding", "total")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
     PART_FIELD_NUMBER: _ClassVar[int]
@@ -299,6 +299,7 @@ class Contribution(_message.Message):
     INDICES_FIELD_NUMBER: _ClassVar[int]
     BASE_FIELD_NUMBER: _ClassVar[int]
     INDEX_CODING_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     round: int
     part: int
@@ -310,7 +311,8 @@ class Contribution(_message.Message):
     indices: bytes
     base: int
     index_coding: IndexCoding
-    def __init__(self, epoch: _Optional[int] = ..., round: _Optional[int] = ..., part: _Optional[int] = ..., offset: _Optional[int] = ..., values: _Optional[bytes] = ..., checksum: _Optional[int] = ..., local_steps: _Optional[int] = ..., overlap_steps: _Optional[int] = ..., indices: _Optional[bytes] = ..., base: _Optional[int] = ..., index_coding: _Optional[_Union[IndexCoding, str]] = ...) -> None: ...
+    total: int
+    def __init__(self, epoch: _Optional[int] = ..., round: _Optional[int] = ..., part: _Optional[int] = ..., offset: _Optional[int] = ..., values: _Optional[bytes] = ..., checksum: _Optional[int] = ..., local_steps: _Optional[int] = ..., overlap_steps: _Optional[int] = ..., indices: _Optional[bytes] = ..., base: _Optional[int] = ..., index_coding: _Optional[_Union[IndexCoding, str]] = ..., total: _Optional[int] = ...) -> None: ...
 
 class WorkerReport(_message.Message):
     __slots__ = ("steps", "loss", "idle_s", "run_s", "sent", "included", "returned", "bytes_up", "bytes_down", "round_trip_s")
@@ -487,7 +489,7 @@ class RosterChange(_message.Message):
     def __init__(self, slots: _Optional[_Iterable[_Union[SlotTaken, _Mapping]]] = ...) -> None: ...
 
 class Answer(_message.Message):
-    __slots__ = ("round", "part", "offset", "values", "included", "indices", "base", "index_coding")
+    __slots__ = ("round", "part", "offset", "values", "included", "indices", "base", "index_coding", "total")
     ROUND_FIELD_NUMBER: _ClassVar[int]
     PART_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
@@ -496,6 +498,7 @@ class Answer(_message.Message):
     INDICES_FIELD_NUMBER: _ClassVar[int]
     BASE_FIELD_NUMBER: _ClassVar[int]
     INDEX_CODING_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_FIELD_NUMBER: _ClassVar[int]
     round: int
     part: int
     offset: int
@@ -504,7 +507,8 @@ class Answer(_message.Message):
     indices: bytes
     base: int
     index_coding: IndexCoding
-    def __init__(self, round: _Optional[int] = ..., part: _Optional[int] = ..., offset: _Optional[int] = ..., values: _Optional[bytes] = ..., included: _Optional[bytes] = ..., indices: _Optional[bytes] = ..., base: _Optional[int] = ..., index_coding: _Optional[_Union[IndexCoding, str]] = ...) -> None: ...
+    total: int
+    def __init__(self, round: _Optional[int] = ..., part: _Optional[int] = ..., offset: _Optional[int] = ..., values: _Optional[bytes] = ..., included: _Optional[bytes] = ..., indices: _Optional[bytes] = ..., base: _Optional[int] = ..., index_coding: _Optional[_Union[IndexCoding, str]] = ..., total: _Optional[int] = ...) -> None: ...
 
 class Commit(_message.Message):
     __slots__ = ("round", "members", "digest", "plan", "elapsed_ms")
