@@ -14,7 +14,7 @@ from loscar_core.plan import HISTORY_ROUNDS, HistoryEntry, RoundKind, RoundPlan,
 from loscar_core.replica import Floats, Indices, Where, as_indices, size_of
 from loscar_core.selection import SelectionKind
 from loscar_core.state import InclusionTable, Position, bits
-from loscar_core.values import ValueType, decode, decode_into, encode, encode_view, require_finite, value_count
+from loscar_core.values import ValueType, decode_into, encode, encode_view, require_finite, value_count
 from loscar_core.worker_effects import Emit, RoundOpen, RunEnded, Update, WorkerEffect
 from loscar_core.worker_holdings import CatchingUp, Receiving, WorkerHoldings
 from loscar_core.worker_ledger import Record
@@ -55,7 +55,7 @@ class WorkerRounds(WorkerHoldings):
             where,
             plan.checksum(config.seed, dimension),
             parts,
-            np.empty(size, np.float32),
+            self._buffers.take(size),
             np.empty(self.anchor.statistics.size, np.float32),
             [0] * len(parts),
             [b""] * len(parts),
@@ -97,7 +97,8 @@ class WorkerRounds(WorkerHoldings):
 
         Args:
             round_: the round whose `RoundOpen` the snapshot follows.
-            values: x[S], K float32, taken after that `RoundOpen` with every update merged that came before it.
+            values: x[S], K float32, taken after that `RoundOpen` with every update merged that came before it; the
+                array is the engine's from now on.
             statistics: the model's statistics, float32.
             local_steps, overlap_steps: see `Contribution`.
             opening: of that `RoundOpen`. A caller that takes the values in another thread has to give it: the same
@@ -118,13 +119,12 @@ class WorkerRounds(WorkerHoldings):
         if round_ in self.ledger.records:
             return []  # taken already, and never again: what was sent then is resent as it was
         plan, parts = receiving.plan, receiving.parts
-        delta = values - self.anchor.gather(plan, receiving.where, 0, values.size)
+        delta = np.subtract(values, self.anchor.gather(plan, receiving.where, 0, values.size), out=values)
         try:
             require_finite(delta, "the model's progress")
             require_finite(statistics, "the model's statistics")
         except NonFiniteError as error:
             raise NonFiniteError(f"round {round_}: {error}; nothing was sent") from None
-        sent = delta if plan.value_type is ValueType.FLOAT32 else np.empty_like(delta)
         messages = []
         for part in parts:
             source = statistics if part.statistics else delta
@@ -133,8 +133,8 @@ class WorkerRounds(WorkerHoldings):
                 at = slice(part.start + offset, part.start + offset + length)
                 # The caller may go on changing its statistics; the difference is nobody else's.
                 payload = (encode if part.statistics else encode_view)(source[at], kind)
-                if not part.statistics and sent is not delta:
-                    sent[at] = decode(payload, kind, length)
+                if kind is not ValueType.FLOAT32:
+                    decode_into(payload, kind, delta[at])  # what is sent takes the place of what was to be sent
                 first = part.index == 0 and offset == 0
                 messages.append(
                     Contribution(
@@ -149,7 +149,7 @@ class WorkerRounds(WorkerHoldings):
                     )
                 )
         self.bytes_up += sum(len(m.values) for m in messages)
-        self.ledger.add(Record(plan, receiving.where, sent, parts, tuple(messages), epochs={self.epoch}))
+        self.ledger.add(Record(plan, receiving.where, delta, parts, tuple(messages), epochs={self.epoch}))
         return [Emit(m) for m in messages]
 
     def _answer(self, answer: Answer) -> None:
@@ -207,7 +207,9 @@ class WorkerRounds(WorkerHoldings):
             return
         self._diverged = False
         if isinstance(where, slice):
-            old = old.copy()  # it was a view of what the commit overwrites
+            kept = self._buffers.take(old.size)  # it is a view of what the commit overwrites
+            kept[:] = old
+            old = kept
         anchor.commit(
             self.epoch,
             plan,
