@@ -124,7 +124,8 @@ class WorkerCatchUp(WorkerRounds):
             anchor.history.append(entry)
         if not self.initialised:
             self.initialised = True
-            self._out.append(Initialise(anchor.vector.copy(), anchor.statistics))
+            own = new if new.size == anchor.vector.size else anchor.vector.copy()
+            self._out.append(Initialise(own, anchor.statistics))
         else:
             full_cycle = size_of_cycle(self._configured(), anchor.vector.size)
             long_absence = told.position.round - before > full_cycle
