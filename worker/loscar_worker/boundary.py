@@ -159,7 +159,8 @@ class TrainingHalf:
         with box.changed:
             initial, box.initial = box.initial, None
         assert initial is not None
-        self._view.load_vector(initial.vector)
+        if initial.vector is not None:
+            self._view.load_vector(initial.vector)
         self._view.load_statistics(initial.statistics)
 
     def begin(self) -> None:
