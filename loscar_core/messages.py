@@ -67,6 +67,7 @@ class Purpose(IntEnum):
 
 
 OTHER_SERVERS = "other-servers"
+JOINED = "joined"
 """Capability of a worker that knows several addresses: the run may go on at one of the others."""
 
 
@@ -103,7 +104,7 @@ class Hello:
         digest: the anchor's digest.
         lineage: which epochs closed the rounds below `position`.
         recent: the last rounds that it committed, oldest first.
-        capabilities: optional features; so far only `OTHER_SERVERS`.
+        capabilities: optional features: `OTHER_SERVERS`, `JOINED`.
         partial: of a state that was being sent to it when the last stream broke.
         shard: which shard it takes the server for.
     """

@@ -163,7 +163,8 @@ class Rounds(Followers):
                 have = current.contributors(index)
                 missing = awaited.keys() - have
                 if missing:
-                    self._awaited = max((awaited[slot] for slot in missing), key=self._due)
+                    # Whoever is likely to be the last: all are looked at again when it has come.
+                    self._awaited = max((awaited[s] for s in missing), key=lambda m: (self._due(m), m.cycle_s, m.slot))
                 elif len(have) >= quorum:
                     answers = current.close(index, self.answer_bytes)
                     peers = tuple(m.peer for m in self.members.by_peer.values() if m.following)

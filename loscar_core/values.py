@@ -29,10 +29,15 @@ INT8_RUN: Final = 512
 
 _SCALE_SIZE: Final = 4
 _RUN_SIZE: Final = _SCALE_SIZE + INT8_RUN
+_BLOCK: Final = 1 << 15
+"""Values that are converted at a time: what is between two operations stays in the processor's cache, and in memory
+that the allocator has at hand."""
 _FLOAT16_MAX: Final = np.float32(65504.0)
+_BFLOAT16_MAX: Final = np.float32(float.fromhex("0x1.fep+127"))
 # The largest float32 whose product with 127 is finite: one place below float32's largest divided by 127,
 # which rounds up.
 _SCALE_MAX: Final = np.float32(float.fromhex("0x1.020406p+121"))
+_SMALLEST_NORMAL: Final = np.finfo(np.float32).smallest_normal
 
 
 class ValueType(Enum):
@@ -189,14 +194,19 @@ def _decode_narrow(payload: Payload, kind: ValueType, out: NDArray[np.float32]) 
 def _to_bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
     """Round to nearest, ties to even: add half of the last kept place, less one unless that is odd."""
     bits = np.ascontiguousarray(values).view(np.uint32)
-    rounded = bits >> np.uint32(16)
-    rounded &= np.uint32(1)
-    rounded += bits
-    rounded += np.uint32(0x7FFF)
-    rounded >>= np.uint32(16)
-    halves = rounded.astype(np.uint16)
+    halves = np.empty(bits.size, np.uint16)
+    scratch = np.empty(min(_BLOCK, bits.size), np.uint32)
+    for start in range(0, bits.size, _BLOCK):
+        block = bits[start : start + _BLOCK]
+        rounded = scratch[: block.size]
+        np.right_shift(block, np.uint32(16), out=rounded)
+        rounded &= np.uint32(1)
+        rounded += block
+        rounded += np.uint32(0x7FFF)
+        np.right_shift(rounded, np.uint32(16), out=halves[start : start + _BLOCK], casting="unsafe")
     # A finite value rounds at most one step beyond the largest, to infinity; one step back is the largest.
-    halves -= (halves & np.uint16(0x7FFF)) == np.uint16(0x7F80)
+    if bits.size and max(values.max(), -values.min()) >= _BFLOAT16_MAX:
+        halves -= (halves & np.uint16(0x7FFF)) == np.uint16(0x7F80)
     return halves
 
 
@@ -211,17 +221,25 @@ def _to_int8(values: NDArray[np.float32]) -> bytes:
 
 def _quantised(runs: NDArray[np.float32]) -> NDArray[np.uint8]:
     """Runs of shape (m, w), float32, as rows of 4 + w bytes: the scale, then the bytes."""
-    magnitudes = np.abs(runs)
-    # The cap only bites within a rounding error of float32's largest, where 127 * scale would overflow.
-    scales = np.minimum(magnitudes.max(axis=1, initial=0.0) / np.float32(127.0), _SCALE_MAX)
-    # A run whose largest magnitude underflows in the division is sent as zeros.
-    divisors = np.where(scales > 0.0, scales, np.float32(np.inf))
-    quotients = np.rint(runs / divisors[:, np.newaxis])
-    # A subnormal scale has few bits: the quotient of the largest may then be above 127.
-    np.clip(quotients, -127.0, 127.0, out=quotients)
-    rows = np.empty((runs.shape[0], _SCALE_SIZE + runs.shape[1]), dtype=np.uint8)
-    rows[:, :_SCALE_SIZE] = scales.astype("<f4")[:, np.newaxis].view(np.uint8)
-    rows[:, _SCALE_SIZE:] = quotients.astype(np.int8).view(np.uint8)
+    count, width = runs.shape
+    rows = np.empty((count, _SCALE_SIZE + width), dtype=np.uint8)
+    step = max(1, _BLOCK // width)
+    scratch = np.empty((min(step, count), width), np.float32)
+    for start in range(0, count, step):
+        block, into = runs[start : start + step], rows[start : start + step]
+        quotients = scratch[: len(block)]
+        np.abs(block, out=quotients)
+        # The cap only bites within a rounding error of float32's largest, where 127 * scale would overflow.
+        scales = np.minimum(quotients.max(axis=1) / np.float32(127.0), _SCALE_MAX)
+        # A run whose largest magnitude underflows in the division is sent as zeros.
+        divisors = np.where(scales > 0.0, scales, np.float32(np.inf))
+        np.divide(block, divisors[:, np.newaxis], out=quotients)
+        np.rint(quotients, out=quotients)
+        if scales.min() < _SMALLEST_NORMAL:
+            # A subnormal scale has few bits: the quotient of the largest may then be above 127.
+            np.clip(quotients, -127.0, 127.0, out=quotients)
+        into[:, :_SCALE_SIZE] = scales.astype("<f4", copy=False)[:, np.newaxis].view(np.uint8)
+        np.copyto(into[:, _SCALE_SIZE:].view(np.int8), quotients, casting="unsafe")
     return rows
 
 

@@ -11,7 +11,7 @@ from loscar_core.plan import RoundKind, missed_coordinates
 from loscar_core.replica import Floats, Indices
 from loscar_core.server_catchup import RECENT_SENT, STREAM_VALUES
 from loscar_core.state import InclusionTable
-from loscar_core.values import require_finite
+from loscar_core.values import ValueType, encode_view, require_finite
 from loscar_core.worker_effects import Emit, Initialise, ProgressWanted, Update, WorkerEffect
 from loscar_core.worker_holdings import CatchingUp
 from loscar_core.worker_ledger import Record
@@ -108,6 +108,9 @@ class WorkerCatchUp(WorkerRounds):
         before = anchor.position.round
         if state.values.size == 0:
             old = new = np.empty(0, np.float32)
+        elif indices is None and not self.initialised:
+            old, new = anchor.vector, state.values[:size]
+            anchor.vector[:] = new  # the next commits change it while the model has yet to take the values over
         elif indices is None:
             old, new = anchor.vector, state.values[:size]
             anchor.vector = new.copy()  # the next commits change it while the update still waits
@@ -124,7 +127,11 @@ class WorkerCatchUp(WorkerRounds):
             anchor.history.append(entry)
         if not self.initialised:
             self.initialised = True
-            self._out.append(Initialise(anchor.vector.copy(), anchor.statistics))
+            if indices is None:
+                taken: Floats | None = new
+            else:
+                taken = anchor.vector.copy() if new.size else None  # nothing is missing: it is this worker's own model
+            self._out.append(Initialise(taken, anchor.statistics))
         else:
             full_cycle = size_of_cycle(self._configured(), anchor.vector.size)
             long_absence = told.position.round - before > full_cycle
@@ -235,8 +242,9 @@ class WorkerCatchUp(WorkerRounds):
         delta = values - self.anchor.vector
         require_finite(delta, "the model's progress")
         return [
-            Emit(VectorChunk(Purpose.PROGRESS, start, delta.size, delta[start : start + STREAM_VALUES].tobytes()))
+            Emit(VectorChunk(Purpose.PROGRESS, start, delta.size, encode_view(piece, ValueType.FLOAT32)))
             for start in range(0, delta.size, STREAM_VALUES)
+            for piece in [delta[start : start + STREAM_VALUES]]
         ]
 
     def _progress_chunk(self, chunk: VectorChunk) -> None:

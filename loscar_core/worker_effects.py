@@ -18,9 +18,14 @@ class Emit:
 
 @dataclass(frozen=True, slots=True)
 class Initialise:
-    """Before training: the model takes over the anchor as it is (parameters, statistics)."""
+    """Before training: the model takes over the anchor as it is (parameters, statistics).
 
-    vector: Floats
+    Attributes:
+        vector: d float32; None when it is what the model holds.
+        statistics: float32.
+    """
+
+    vector: Floats | None
     statistics: Floats
 
 

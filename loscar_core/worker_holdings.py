@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from loscar_core.buffers import Buffers
 from loscar_core.config import RunConfig
 from loscar_core.errors import MalformedError
 from loscar_core.layout import Layout, Shard
@@ -97,6 +98,7 @@ class WorkerHoldings:
         self._progress: Floats | None = None
         self._progress_filled = 0
         self._out: list[WorkerEffect] = []
+        self._buffers = Buffers()
 
     @property
     def _claimed_digest(self) -> int:

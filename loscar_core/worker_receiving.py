@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from loscar_core.buffers import Buffers
 from loscar_core.errors import MalformedError, NonFiniteError
 from loscar_core.indices import IndexCoding
 from loscar_core.messages import Answer
@@ -13,7 +14,7 @@ from loscar_core.plan import Part, RoundPlan, slices
 from loscar_core.replica import Floats, Where, size_of
 from loscar_core.selection import top_k
 from loscar_core.sparse_delta import CODING, SparsePart, SparseSlice, sparse_slices
-from loscar_core.values import ValueType, decode, decode_into, encode, encode_view, require_finite, value_count
+from loscar_core.values import ValueType, decode_into, encode, encode_view, require_finite, value_count
 from loscar_core.worker_ledger import Record
 
 
@@ -43,6 +44,7 @@ class Receiving:
         plan: of the round.
         seed: the run's.
         dimension, statistics: sizes of the vectors.
+        buffers: where memory for the answer is to be had.
 
     Attributes:
         offered: the coordinates that a snapshot is to have.
@@ -54,12 +56,12 @@ class Receiving:
         filled: per part with known coordinates, how many values have arrived.
     """
 
-    def __init__(self, plan: RoundPlan, seed: int, dimension: int, statistics: int) -> None:
+    def __init__(self, plan: RoundPlan, seed: int, dimension: int, statistics: int, buffers: Buffers) -> None:
         self.plan = plan
         self.offered: Where = plan.where(seed, dimension)
         self.checksum = plan.checksum(seed, dimension)
         self.parts = plan.parts(seed, dimension, statistics)
-        self.delta = np.empty(0 if plan.explicit else size_of(self.offered), np.float32)
+        self.delta = buffers.take(0 if plan.explicit else size_of(self.offered))
         self.statistics = np.empty(statistics, np.float32)
         self.included = [b""] * len(self.parts)
         self.filled = [0] * len(self.parts)
@@ -100,7 +102,7 @@ class Receiving:
         self.filled[part.index] = filled + count
 
     def encode(self, delta: Floats, statistics: Floats, message_bytes: int) -> Encoded:
-        """What is sent of the progress on `offered`, float32, and of the statistics.
+        """What is sent of the progress on `offered`, float32, and of the statistics; what is sent takes its place.
 
         Raises:
             NonFiniteError: one of them holds NaN or infinity.
@@ -108,7 +110,6 @@ class Receiving:
         require_finite(delta, "the model's progress")
         require_finite(statistics, "the model's statistics")
         kind = self.plan.value_type
-        sent = delta if kind is ValueType.FLOAT32 else np.empty_like(delta)
         pieces = []
         for part in self.parts:
             if part.statistics:
@@ -117,10 +118,10 @@ class Receiving:
             for offset, length in slices(part, message_bytes // kind.itemsize):
                 at = slice(part.start + offset, part.start + offset + length)
                 payload = encode_view(delta[at], kind)
-                if sent is not delta:
-                    sent[at] = decode(payload, kind, length)
+                if kind is not ValueType.FLOAT32:
+                    decode_into(payload, kind, delta[at])
                 pieces.append((part.index, SparseSlice(offset, length, 0, 0, payload, b"")))
-        return Encoded(self.offered, sent, self.parts, pieces)
+        return Encoded(self.offered, delta, self.parts, pieces)
 
     def sent_of(self, record: Record, mask: int) -> Floats | None:
         """What of a contribution to the round is in the answer, at `where`; None when nothing is.
@@ -134,8 +135,8 @@ class Receiving:
 class ReceivingExplicit(Receiving):
     """The open round, with an explicit selection: the coordinates come with the values, part by part."""
 
-    def __init__(self, plan: RoundPlan, seed: int, dimension: int, statistics: int) -> None:
-        super().__init__(plan, seed, dimension, statistics)
+    def __init__(self, plan: RoundPlan, seed: int, dimension: int, statistics: int, buffers: Buffers) -> None:
+        super().__init__(plan, seed, dimension, statistics, buffers)
         self._arriving: dict[int, SparsePart] = {}
         self._union: Where | None = None
 
@@ -183,7 +184,7 @@ class ReceivingExplicit(Receiving):
             raise
         kind = self.plan.value_type
         values = delta[chosen]
-        sent = values if kind is ValueType.FLOAT32 else np.empty_like(values)
+        exhausted = not np.abs(values).min() > 0
         cuts = np.searchsorted(chosen, [part.start for part in self.parts if not part.statistics]).tolist()
         cuts.append(chosen.size)
         parts, pieces = [], []
@@ -196,12 +197,11 @@ class ReceivingExplicit(Receiving):
             parts.append(own)
             at = slice(own.start, own.stop)
             for piece in sparse_slices(part, chosen[at], values[at], kind, message_bytes):
-                if sent is not values:
+                if kind is not ValueType.FLOAT32:
                     here = slice(own.start + piece.offset, own.start + piece.offset + piece.count)
-                    sent[here] = decode(piece.values, kind, piece.count)
+                    decode_into(piece.values, kind, values[here])
                 pieces.append((part.index, piece))
-        exhausted = not np.abs(values).min() > 0
-        return Encoded(chosen, sent, tuple(parts), pieces, exhausted)
+        return Encoded(chosen, values, tuple(parts), pieces, exhausted)
 
     def sent_of(self, record: Record, mask: int) -> Floats | None:
         """Where others have sent and this worker has not, it has sent 0.
@@ -224,9 +224,9 @@ class ReceivingExplicit(Receiving):
         return sent
 
 
-def receiving_of(plan: RoundPlan, seed: int, dimension: int, statistics: int) -> Receiving:
+def receiving_of(plan: RoundPlan, seed: int, dimension: int, statistics: int, buffers: Buffers) -> Receiving:
     """The open round of a plan; arguments as for `Receiving`."""
-    return (ReceivingExplicit if plan.explicit else Receiving)(plan, seed, dimension, statistics)
+    return (ReceivingExplicit if plan.explicit else Receiving)(plan, seed, dimension, statistics, buffers)
 
 
 def coding_of(plan: RoundPlan, part: Part) -> IndexCoding | None:

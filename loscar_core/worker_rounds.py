@@ -47,7 +47,7 @@ class WorkerRounds(WorkerHoldings):
         dimension = self.anchor.vector.size
         if plan.count > dimension:
             raise MalformedError(f"round {plan.round} selects {plan.count} of {dimension} coordinates")
-        self._receiving = receiving_of(plan, config.seed, dimension, self.anchor.statistics.size)
+        self._receiving = receiving_of(plan, config.seed, dimension, self.anchor.statistics.size, self._buffers)
         if self._catching_up is None:
             self._announce(self._receiving)
 
@@ -86,7 +86,7 @@ class WorkerRounds(WorkerHoldings):
         Args:
             round_: the round whose `RoundOpen` the snapshot follows.
             values: x at the `RoundOpen`'s coordinates, float32, taken after it, with every update merged that came
-                before.
+                before; the array is the engine's from now on.
             statistics: the model's statistics, float32.
             local_steps, overlap_steps: see `Contribution`.
             opening: of that `RoundOpen`. A caller that takes the values in another thread has to give it: the same
@@ -107,7 +107,7 @@ class WorkerRounds(WorkerHoldings):
         if round_ in self.ledger.records:
             return []  # taken already, and never again: what was sent then is resent as it was
         plan = receiving.plan
-        delta = values - self.anchor.gather(plan, receiving.offered, 0, values.size)
+        delta = np.subtract(values, self.anchor.gather(plan, receiving.offered, 0, values.size), out=values)
         try:
             encoded = receiving.encode(delta, statistics, self.message_bytes)
         except NonFiniteError as error:
@@ -183,7 +183,9 @@ class WorkerRounds(WorkerHoldings):
         if record is not None:
             sent = receiving.sent_of(record, mask)
         if isinstance(where, slice):
-            old = old.copy()  # it was a view of what the commit overwrites
+            kept = self._buffers.take(old.size)  # it is a view of what the commit overwrites
+            kept[:] = old
+            old = kept
         anchor.commit(
             self.epoch,
             plan,

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from loscar_core.buffers import Buffers
 from loscar_core.errors import ConfigError, LoscarError, WorkerFailedError
 from loscar_core.layout import Layout, Segment
 from loscar_core.messages import Reason, WorkerReport
@@ -105,10 +106,10 @@ class ZeroReplica(Replica):
         return cls(np.zeros(dimension, np.float32), NOTHING, digest=digest)
 
     def gather(self, plan: RoundPlan, indices: Where, start: int, stop: int) -> Floats:
-        return np.zeros(stop - start, np.float32)
+        return np.broadcast_to(np.float32(0.0), stop - start)
 
     def commit(self, epoch: int, plan: RoundPlan, indices: Where, values: Floats, *rest: Any) -> None:
-        if values.any():
+        if values.size and (values.max() > 0.0 or values.min() < 0.0):
             raise WorkerFailedError("somebody else trains in this run: a load test needs a run of its own")
         # A round of one value, which is there to be written to, does the rest.
         vector, self.vector = self.vector, np.zeros(1, np.float32)
@@ -136,6 +137,7 @@ class SyntheticWorker:
         self._opened = (0, 0.0)
         self._connection: Connection | None = None
         self._later: asyncio.TimerHandle | None = None
+        self._buffers = Buffers()
 
     async def live(self, address: str) -> None:
         options = ConnectionOptions((address,), self._test.plan.security)
@@ -173,7 +175,8 @@ class SyntheticWorker:
 
     def _contribute(self, opened: RoundOpen) -> None:
         assert self._connection is not None
-        zeros = np.zeros(opened.size, np.float32)
+        zeros = self._buffers.take(opened.size)
+        zeros.fill(0.0)
         effects = self._engine.snapshot(opened.plan.round, zeros, NOTHING, 1, 0, opened.opening)
         if effects:
             self._test.contributions += 1

@@ -7,7 +7,7 @@ message: whoever reads or writes all of it with protobuf understands the same.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from google.protobuf.message import Message
 
@@ -34,11 +34,18 @@ def message_of(body: Message, number: int, values_number: int, values: bytes | m
     return b"".join((_varint(number << 3 | _LENGTH), size, inner, head, values))
 
 
-def cut(data: bytes, values_numbers: Mapping[int, int]) -> tuple[bytes, memoryview] | None:
+def append(data: bytes, number: int, messages: Iterable[bytes]) -> bytes:
+    """A message with others in its repeated field `number`."""
+    tag = _varint(number << 3 | _LENGTH)
+    return b"".join((data, *(piece for message in messages for piece in (tag, _varint(len(message)), message))))
+
+
+def cut(data: bytes, values_numbers: Mapping[int, int], after: int | None = None) -> tuple[bytes, memoryview] | None:
     """A message without its values, and these as a view of it.
 
     Args:
         values_numbers: for those bodies that have values, by the number of the body's field.
+        after: number of a field that may follow the body.
 
     Returns:
         None for a message that is better read as it is: a small one, one of another body, or one that is written as
@@ -50,10 +57,11 @@ def cut(data: bytes, values_numbers: Mapping[int, int]) -> tuple[bytes, memoryvi
         data_tag, at = _read(data, 0)
         values_number = values_numbers.get(data_tag >> 3)
         size, start = _read(data, at)
-        if data_tag & 7 != _LENGTH or values_number is None or start + size != len(data):
+        end = start + size
+        if data_tag & 7 != _LENGTH or values_number is None or not _only(data, end, after):
             return None
         at = start
-        while at < len(data):
+        while at < end:
             before = at
             tag, at = _read(data, at)
             kind = tag & 7
@@ -66,17 +74,28 @@ def cut(data: bytes, values_numbers: Mapping[int, int]) -> tuple[bytes, memoryvi
             elif kind == _LENGTH:
                 size, at = _read(data, at)
                 if tag >> 3 == values_number:
-                    if at + size > len(data):
+                    if at + size > end:
                         return None
-                    rest = data[start:before] + data[at + size :]
+                    rest = data[start:before] + data[at + size : end]
                     head = _varint(data_tag) + _varint(len(rest))
-                    return head + rest, memoryview(data)[at : at + size]
+                    return head + rest + data[end:], memoryview(data)[at : at + size]
                 at += size
             else:
                 return None
     except IndexError:
         pass
     return None
+
+
+def _only(data: bytes, at: int, number: int | None) -> bool:
+    """Whether nothing but messages in the field `number` follows."""
+    while at < len(data) and number is not None:
+        tag, at = _read(data, at)
+        size, at = _read(data, at)
+        if tag != number << 3 | _LENGTH:
+            return False
+        at += size
+    return at == len(data)
 
 
 def _read(data: bytes, at: int) -> tuple[int, int]:

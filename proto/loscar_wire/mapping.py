@@ -18,7 +18,7 @@ from loscar_core.config import PROTOCOL_VERSION
 from loscar_core.errors import LoscarError, MalformedError, ProtocolError, VersionMismatchError
 from loscar_core.values import Payload
 from loscar_wire._generated import parameter_server_pb2 as pb
-from loscar_wire.bulk import cut, message_of
+from loscar_wire.bulk import append, cut, message_of
 from loscar_wire.pieces import (
     CODINGS,
     MAX_CAPABILITIES,
@@ -142,7 +142,7 @@ def _to_worker_pb(
 
 def decode_worker_message(data: bytes) -> m.WorkerMessage:
     """A worker's message from its bytes. Raises MalformedError, or VersionMismatchError for another version's hello."""
-    return _decode(pb.WorkerMessage, data, _FROM_WORKER, _WORKER_VALUES)
+    return _decode(pb.WorkerMessage, data, _FROM_WORKER, _WORKER_VALUES)[0]
 
 
 def _contribution(c: pb.Contribution) -> m.Contribution:
@@ -319,8 +319,21 @@ def _to_server_pb(
 
 
 def decode_server_message(data: bytes) -> m.ServerMessage:
-    """The server's message from its bytes. Raises MalformedError."""
-    return _decode(pb.ServerMessage, data, _FROM_SERVER, _SERVER_VALUES)
+    """The server's message from its bytes. Raises MalformedError, also for several."""
+    first, *others = decode_server_messages(data)
+    if others:
+        raise MalformedError(f"{1 + len(others)} messages where one was expected")
+    return first
+
+
+def decode_server_messages(data: bytes) -> list[m.ServerMessage]:
+    """The server's message from its bytes, and those that ride along. Raises MalformedError."""
+    return _decode(pb.ServerMessage, data, _FROM_SERVER, _SERVER_VALUES, _MORE)
+
+
+def join_server_messages(first: bytes, others: Sequence[bytes]) -> bytes:
+    """One message of several encoded ones."""
+    return append(first, _MORE, others)
 
 
 def _welcome(w: pb.Welcome) -> m.Welcome:
@@ -396,6 +409,7 @@ def _numbers(kind: Any, *bodies: str) -> dict[int, int]:
 
 _WORKER_VALUES = _numbers(pb.WorkerMessage, "contribution", "vector")
 _SERVER_VALUES = _numbers(pb.ServerMessage, "answer", "vector")
+_MORE: int = pb.ServerMessage.DESCRIPTOR.fields_by_name["more"].number
 
 
 def _bulk(kind: Any, body: str, message: Any, values: Payload) -> bytes:
@@ -404,21 +418,38 @@ def _bulk(kind: Any, body: str, message: Any, values: Payload) -> bytes:
     return message_of(message, field.number, field.message_type.fields_by_name["values"].number, values)
 
 
-def _decode(kind: Any, data: bytes, table: dict[str, Callable[[Any], M]], values_numbers: dict[int, int]) -> M:
+def _decode(
+    kind: Any,
+    data: bytes,
+    table: dict[str, Callable[[Any], M]],
+    values_numbers: dict[int, int],
+    more: int | None = None,
+) -> list[M]:
+    """A message, and those in its field `more`."""
     try:
-        found = cut(data, values_numbers)
+        found = cut(data, values_numbers, more)
         if found is not None:
             rest, values = found
-            decoded: Any = _body(kind.FromString(rest), table)
+            message = kind.FromString(rest)
+            decoded: Any = _body(message, table)
             if not decoded.values:  # else there were more than one, of which the last counts
-                return cast(M, replace(decoded, values=values))
-        return _body(kind.FromString(data), table)
+                return [cast(M, replace(decoded, values=values)), *_others(message, table, more)]
+        message = kind.FromString(data)
+        return [_body(message, table), *_others(message, table, more)]
     except DecodeError as error:
         raise MalformedError(f"not a protocol message: {error}") from None
     except ProtocolError:
         raise
     except (LoscarError, ValueError, OverflowError) as error:
         raise MalformedError(f"a malformed message: {error}") from None
+
+
+def _others(message: Any, table: dict[str, Callable[[Any], M]], more: int | None) -> list[M]:
+    if more is None or not message.more:
+        return []
+    if any(other.more for other in message.more):
+        raise MalformedError("messages within a message within a message")
+    return [_body(other, table) for other in message.more]
 
 
 def _body(message: Any, table: dict[str, Callable[[Any], M]]) -> M:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from loscar_core.errors import LoscarError
@@ -22,6 +22,10 @@ MESSAGE_S = 0.25
 
 MAX_URGENT = 64
 """Heartbeats, or replies to them, that may wait; where more do, the oldest are worth nothing any more."""
+
+SMALL_BYTES = 4 << 10
+"""What is no larger rides along with the message before it, where the other side can tell them apart: the copy costs
+less than a message of its own."""
 
 _RATE_WINDOW_S = 0.05
 _RATE_WEIGHT = 0.3
@@ -78,6 +82,9 @@ class Outbox:
 
     Bounded by who fills it: the server's machine stops answering a member whose outbox has not been empty for some
     rounds, and a worker has at most one contribution under way.
+
+    Attributes:
+        join: makes one message of several, for those who can read that.
     """
 
     def __init__(self) -> None:
@@ -86,11 +93,13 @@ class Outbox:
         self._bulk: deque[bytes | Later] = deque()
         self._wake = asyncio.Event()
         self.queued_bytes = 0
+        self._writing = 0  # of them, in the message that is being written
         self.busy_since: float | None = None
         """When the write that is under way began, on the monotonic clock."""
         self.rate = RateMeter()
         self.closing = False
         self.error: LoscarError | None = None
+        self.join: Callable[[bytes, Sequence[bytes]], bytes] | None = None
 
     def put(
         self, payload: bytes | Later, *, urgent: bool = False, round_: int | None = None, bulk: bool = False
@@ -138,7 +147,20 @@ class Outbox:
             self.queued_bytes = 0
         self._wake.set()
 
-    def _next(self) -> bytes | Later:
+    def _next(self) -> bytes:
+        queued = self._pop()
+        self._writing = len(queued)
+        payload = queued if isinstance(queued, bytes) else queued.encode()
+        if self.join is None:
+            return payload
+        others = []
+        while self._data and isinstance(small := self._data[0][1], bytes) and len(small) <= SMALL_BYTES:
+            others.append(small)
+            self._data.popleft()
+            self._writing += len(small)
+        return self.join(payload, others) if others else payload
+
+    def _pop(self) -> bytes | Later:
         if self._urgent:
             return self._urgent.popleft()
         return self._data.popleft()[1] if self._data else self._bulk.popleft()
@@ -155,13 +177,12 @@ class Outbox:
         """
         while True:
             if self._urgent or self._data or self._bulk:
-                queued = self._next()
-                payload = queued if isinstance(queued, bytes) else queued.encode()
+                payload = self._next()
                 started = self.busy_since = time.monotonic()
                 await write(payload)
                 self.busy_since = None
                 self.rate.note(len(payload), time.monotonic() - started)
-                self.queued_bytes -= len(queued)
+                self.queued_bytes -= self._writing
                 written(len(payload))
                 if not self._urgent and not self._data and not self._bulk and not self.closing:
                     drained()

@@ -18,7 +18,7 @@ import numpy as np
 
 from loscar_core import effects as fx
 from loscar_core.errors import LoscarError, MalformedError, NoModelError
-from loscar_core.messages import HeartbeatReply, Hello
+from loscar_core.messages import JOINED, HeartbeatReply, Hello
 from loscar_core.plan import is_worth_making_ahead, make_ahead
 from loscar_core.replica import Floats
 from loscar_core.server_machine import ServerMachine
@@ -29,7 +29,7 @@ from loscar_server.averages import AverageDesk
 from loscar_server.refusals import Refusals
 from loscar_server.status import status_of
 from loscar_wire._generated import parameter_server_pb2 as pb
-from loscar_wire.mapping import decode_worker_message, encode_server_message
+from loscar_wire.mapping import decode_worker_message, encode_server_message, join_server_messages
 from loscar_wire.outbox import Outbox
 from loscar_wire.pieces import layout_to_pb
 from loscar_wire.status import to_status
@@ -159,6 +159,8 @@ class ParameterService:
             message = decode_worker_message(data)
             if isinstance(message, Hello):
                 stream.name = message.name
+                if JOINED in message.capabilities:
+                    stream.outbox.join = join_server_messages
             effects = self.machine.received(peer, message, now)
         except LoscarError as error:
             effects = self.machine.refuse(peer, error, now)

@@ -201,7 +201,8 @@ class SimWorker:
                     if self.stream is not None:
                         self.stream.up.append(message)
                 case we.Initialise(vector, statistics):
-                    self.live, self.statistics = vector.copy(), statistics.copy()
+                    self.live = (self.engine.anchor.vector if vector is None else vector).copy()
+                    self.statistics = statistics.copy()
                     self.progress = np.zeros(self.live.size)
                     self.cycle = Cycle(self.local_steps, 1.0, self.overlap_steps, 0.0)
                 case we.RoundOpen():

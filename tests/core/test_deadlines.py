@@ -9,8 +9,9 @@ import pytest
 from desk import Desk, incarnation
 
 from loscar_core import effects as fx
+from loscar_core.config import ServerLimits
 from loscar_core.messages import Commit, OpenRound
-from loscar_core.server_members import MemberState
+from loscar_core.server_members import Member, MemberState
 from loscar_core.state import Position
 
 
@@ -234,3 +235,30 @@ def test_one_that_is_back_in_its_round_holds_it_up_until_its_own_deadline() -> N
     assert desk.machine.next_wakeup() == pytest.approx(opened + 100.0)
     desk.tick(opened + 100.0)
     assert desk.round == 4
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_the_work_of_a_round_grows_with_its_members_and_not_with_their_square(
+    backwards: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the order in which they contributed before, nobody is looked at for every contribution of the others."""
+    count, rounds = 60, 8
+    desk = Desk(limits={"workers": count})
+    peers = range(1, count + 1)
+    desk.start(*peers)
+    looked = 0
+    original = Member.deadline_s
+
+    def counted(member: Member, limits: ServerLimits, stretch: float = 1.0) -> float:
+        nonlocal looked
+        looked += 1
+        return original(member, limits, stretch)
+
+    monkeypatch.setattr(Member, "deadline_s", counted)
+    for _ in range(rounds):
+        before = desk.round
+        for turn, peer in enumerate(reversed(peers) if backwards else peers):
+            desk.now += 0.001 * (turn + 1)
+            desk.contribute(peer)
+        assert desk.round == before + 1
+    assert looked < 20 * count * rounds

@@ -5,8 +5,9 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Self
 
@@ -18,7 +19,7 @@ from loscar_core.layout import Layout, Segment
 from loscar_core.messages import Answer, Commit, Heartbeat, Leave, Reason, ServerMessage, WorkerMessage
 from loscar_core.worker_effects import Emit, ProgressWanted, RoundOpen, Update, WorkerEffect
 from loscar_core.worker_engine import WorkerEngine
-from loscar_wire.mapping import decode_server_message, encode_worker_message
+from loscar_wire.mapping import decode_server_messages, encode_worker_message
 from loscar_wire.transport import TRAIN
 
 NO_STATISTICS = np.empty(0, np.float32)
@@ -58,6 +59,9 @@ class RawStream:
         self._requests: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         requests = iter(self._requests.get, None)
         self.call = channel.stream_stream(TRAIN)(requests, timeout=deadline_s, metadata=metadata)
+        self.together: list[int] = []
+        """How many messages came at a time."""
+        self._waiting: deque[ServerMessage] = deque()
 
     def __enter__(self) -> Self:
         return self
@@ -74,7 +78,11 @@ class RawStream:
         self._requests.put(None)
 
     def read(self) -> ServerMessage:
-        return decode_server_message(next(self.call))
+        """The next message; those that ride along come one after the other."""
+        if not self._waiting:
+            self._waiting.extend(decode_server_messages(next(self.call)))
+            self.together.append(len(self._waiting))
+        return self._waiting.popleft()
 
     def status(self) -> tuple[grpc.StatusCode, str]:
         """How the stream ends, whatever is received before."""
@@ -92,14 +100,15 @@ class HandWorker:
     Args:
         stream: to the server.
         engine: its half of the protocol.
+        capabilities: what it says it can do.
     """
 
-    def __init__(self, stream: RawStream, engine: WorkerEngine) -> None:
+    def __init__(self, stream: RawStream, engine: WorkerEngine, capabilities: Sequence[str] = ()) -> None:
         self.stream = stream
         self.engine = engine
         self.opened: RoundOpen | None = None
         self.received: list[ServerMessage] = []
-        stream.send(engine.hello())
+        stream.send(replace(engine.hello(), capabilities=tuple(capabilities)))
 
     def pump(self) -> list[WorkerEffect]:
         """Take one message in and answer it; returns what else it asks for."""

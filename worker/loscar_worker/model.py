@@ -201,7 +201,7 @@ class ModelView:
             else:
                 piece = source[among] if isinstance(among, slice) else source.index_select(0, among)
             device = self.storages[number].device
-            moved.append(piece if device.type != "cuda" else self._upload(piece, device))
+            moved.append(self._upload(piece, device) if device.type == "cuda" else piece.to(device))
         return moved
 
     def _upload(self, piece: Tensor, device: torch.device) -> Tensor:

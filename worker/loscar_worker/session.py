@@ -45,6 +45,7 @@ from loscar_worker.background import Background, Mailbox, wait_changed
 from loscar_worker.boundary import Pace, TrainingHalf
 from loscar_worker.connection import Connection, ConnectionOptions
 from loscar_worker.further_shard import FurtherShard
+from loscar_worker.memory import return_freed_memory
 from loscar_worker.model import ModelView
 from loscar_worker.model_range import ModelRange, View
 from loscar_worker.round_record import RoundRecord
@@ -131,6 +132,7 @@ class Session(TrainingHalf):
                 self._wait_for(lambda: all(half.mailbox.initial is not None for half in halves))
                 for half in halves:
                     half.take_over()
+            return_freed_memory()
             for half in halves:
                 half.let_count()
             boxes = [half.mailbox for half in halves]

@@ -95,7 +95,7 @@ class WorkerMessage(_message.Message):
     def __init__(self, contribution: _Optional[_Union[Contribution, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., vector: _Optional[_Union[VectorChunk, _Mapping]] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ..., refresh: _Optional[_Union[Refresh, _Mapping]] = ..., stop_run: _Optional[_Union[StopRun, _Mapping]] = ..., leave: _Optional[_Union[Leave, _Mapping]] = ..., state_offer: _Optional[_Union[StateOffer, _Mapping]] = ...) -> None: ...
 
 class ServerMessage(_message.Message):
-    __slots__ = ("answer", "commit", "heartbeat_reply", "welcome", "vector", "catch_up", "open_round", "roster_change", "send_state", "goodbye")
+    __slots__ = ("answer", "commit", "heartbeat_reply", "welcome", "vector", "catch_up", "open_round", "roster_change", "send_state", "goodbye", "more")
     ANSWER_FIELD_NUMBER: _ClassVar[int]
     COMMIT_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_REPLY_FIELD_NUMBER: _ClassVar[int]
@@ -106,6 +106,7 @@ class ServerMessage(_message.Message):
     ROSTER_CHANGE_FIELD_NUMBER: _ClassVar[int]
     SEND_STATE_FIELD_NUMBER: _ClassVar[int]
     GOODBYE_FIELD_NUMBER: _ClassVar[int]
+    MORE_FIELD_NUMBER: _ClassVar[int]
     answer: Answer
     commit: Commit
     heartbeat_reply: HeartbeatReply
@@ -116,7 +117,8 @@ class ServerMessage(_message.Message):
     roster_change: RosterChange
     send_state: SendState
     goodbye: Goodbye
-    def __init__(self, answer: _Optional[_Union[Answer, _Mapping]] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., heartbeat_reply: _Optional[_Union[HeartbeatReply, _Mapping]] = ..., welcome: _Optional[_Union[Welcome, _Mapping]] = ..., vector: _Optional[_Union[VectorChunk, _Mapping]] = ..., catch_up: _Optional[_Union[CatchUp, _Mapping]] = ..., open_round: _Optional[_Union[OpenRound, _Mapping]] = ..., roster_change: _Optional[_Union[RosterChange, _Mapping]] = ..., send_state: _Optional[_Union[SendState, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ...) -> None: ...
+    more: _containers.RepeatedCompositeFieldContainer[ServerMessage]
+    def __init__(self, answer: _Optional[_Union[Answer, _Mapping]] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., heartbeat_reply: _Optional[_Union[HeartbeatReply, _Mapping]] = ..., welcome: _Optional[_Union[Welcome, _Mapping]] = ..., vector: _Optional[_Union[VectorChunk, _Mapping]] = ..., catch_up: _Optional[_Union[CatchUp, _Mapping]] = ..., open_round: _Optional[_Union[OpenRound, _Mapping]] = ..., roster_change: _Optional[_Union[RosterChange, _Mapping]] = ..., send_state: _Optional[_Union[SendState, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ..., more: _Optional[_Iterable[_Union[ServerMessage, _Mapping]]] = ...) -> None: ...
 
 class Segment(_message.Message):
     __slots__ = ("name", "shape", "dtype")
