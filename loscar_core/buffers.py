@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 LEAST = 1 << 20
 """Values from which on it pays; below, the allocator has memory at hand."""
 
-MOST_SPARE = 4
+MOST_SPARE = 2
 
 
 class Buffers:
@@ -22,6 +22,10 @@ class Buffers:
 
     def __init__(self) -> None:
         self._spare: deque[NDArray[np.float32]] = deque(maxlen=MOST_SPARE)
+
+    def clear(self) -> None:
+        """Nothing more is needed for now."""
+        self._spare.clear()
 
     def take(self, size: int) -> NDArray[np.float32]:
         """1-D, of arbitrary values."""

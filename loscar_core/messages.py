@@ -66,8 +66,9 @@ class Purpose(IntEnum):
 # --- worker to server ---------------------------------------------------------------------------------------
 
 
-OTHER_SERVERS = "other-servers"
 JOINED = "joined"
+"""A worker's capability: it can read several messages in one."""
+OTHER_SERVERS = "other-servers"
 """Capability of a worker that knows several addresses: the run may go on at one of the others."""
 
 

@@ -53,6 +53,7 @@ class WorkerCatchUp(WorkerRounds):
             self._resume(message)
             return
         self._interrupted = None
+        self._buffers.clear()
         dimension = self.anchor.vector.size
         indices = None if message.full else missed_coordinates(config.seed, dimension, message.plans)
         if indices is None and not message.full:

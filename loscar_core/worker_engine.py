@@ -85,6 +85,7 @@ class WorkerEngine(WorkerCatchUp):
         self._receiving = None
         self._interrupt()
         self._progress = None
+        self._buffers.clear()
 
     def heartbeat(self, stamp_ns: int, report: WorkerReport) -> Heartbeat:
         return Heartbeat(stamp_ns, self.anchor.position.round, report)

@@ -44,7 +44,7 @@ class Receiving:
         plan: of the round.
         seed: the run's.
         dimension, statistics: sizes of the vectors.
-        buffers: where memory for the answer is to be had.
+        buffers: where memory for the answer is to be had; its own by default.
 
     Attributes:
         offered: the coordinates that a snapshot is to have.
@@ -56,12 +56,14 @@ class Receiving:
         filled: per part with known coordinates, how many values have arrived.
     """
 
-    def __init__(self, plan: RoundPlan, seed: int, dimension: int, statistics: int, buffers: Buffers) -> None:
+    def __init__(
+        self, plan: RoundPlan, seed: int, dimension: int, statistics: int, buffers: Buffers | None = None
+    ) -> None:
         self.plan = plan
         self.offered: Where = plan.where(seed, dimension)
         self.checksum = plan.checksum(seed, dimension)
         self.parts = plan.parts(seed, dimension, statistics)
-        self.delta = buffers.take(0 if plan.explicit else size_of(self.offered))
+        self.delta = (buffers or Buffers()).take(0 if plan.explicit else size_of(self.offered))
         self.statistics = np.empty(statistics, np.float32)
         self.included = [b""] * len(self.parts)
         self.filled = [0] * len(self.parts)
@@ -135,7 +137,9 @@ class Receiving:
 class ReceivingExplicit(Receiving):
     """The open round, with an explicit selection: the coordinates come with the values, part by part."""
 
-    def __init__(self, plan: RoundPlan, seed: int, dimension: int, statistics: int, buffers: Buffers) -> None:
+    def __init__(
+        self, plan: RoundPlan, seed: int, dimension: int, statistics: int, buffers: Buffers | None = None
+    ) -> None:
         super().__init__(plan, seed, dimension, statistics, buffers)
         self._arriving: dict[int, SparsePart] = {}
         self._union: Where | None = None
@@ -224,7 +228,9 @@ class ReceivingExplicit(Receiving):
         return sent
 
 
-def receiving_of(plan: RoundPlan, seed: int, dimension: int, statistics: int, buffers: Buffers) -> Receiving:
+def receiving_of(
+    plan: RoundPlan, seed: int, dimension: int, statistics: int, buffers: Buffers | None = None
+) -> Receiving:
     """The open round of a plan; arguments as for `Receiving`."""
     return (ReceivingExplicit if plan.explicit else Receiving)(plan, seed, dimension, statistics, buffers)
 

@@ -52,6 +52,7 @@ class WorkerRounds(WorkerHoldings):
             self._announce(self._receiving)
 
     def _end(self) -> None:
+        self._buffers.clear()
         keep = self._configured().final_round is not FinalRound.DENSE
         self._out.append(RunEnded(*(None, None) if keep else (self.anchor.vector, self.anchor.statistics)))
 

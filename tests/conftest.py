@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,9 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent / "support"))
 
 from processes import Processes
+
+# What commands say on a pipe is read by these tests, and by people when one of them fails.
+os.environ["LOSCAR_LOG_FORMAT"] = "text"
 
 
 @pytest.fixture

@@ -71,12 +71,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # A container's first process gets no signal without a handler, and a command's own comes after slow imports.
         signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     args = build_parser().parse_args(arguments)
-    logs.configure(args.log_level, getattr(args, "log_format", "text"))
-    if args.exit_with_parent:
-        from loscar_deploy.children import exit_with_parent
-
-        exit_with_parent()
     try:
+        logs.configure(args.log_level, getattr(args, "log_format", "text") or logs.wanted())
+        if args.exit_with_parent:
+            from loscar_deploy.children import exit_with_parent
+
+            exit_with_parent()
         status: int = args.handler(args)
         sys.stdout.flush()
         return status

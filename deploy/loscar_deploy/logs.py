@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import threading
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any
 
-from loscar_core.errors import LoscarError
+from loscar_core.errors import ConfigError, LoscarError
 
 FORMATS = ("auto", "text", "json")
+VARIABLE = "LOSCAR_LOG_FORMAT"
 EXTRA = ("hint", "exit_code")
 
 log = logging.getLogger("loscar")
@@ -51,14 +53,24 @@ class JsonLines(logging.Formatter):
 _json: JsonLines | None = None
 
 
+def wanted() -> str:
+    """What the environment asks for; by default text on a terminal and JSON lines otherwise."""
+    return os.environ.get(VARIABLE) or "auto"
+
+
 def configure(level: str, style: str) -> None:
     """Set the log up for this process.
 
     Args:
         level: debug, info, warning or error.
         style: text, json, or auto: text on a terminal, JSON lines otherwise.
+
+    Raises:
+        ConfigError: it is none of them.
     """
     global _json
+    if style not in FORMATS:
+        raise ConfigError(f"{VARIABLE}={style}: it must be one of {', '.join(FORMATS)}")
     if style == "text" or (style == "auto" and sys.stderr.isatty()):
         logging.basicConfig(level=level.upper(), format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
         return

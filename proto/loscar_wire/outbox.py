@@ -24,8 +24,9 @@ MAX_URGENT = 64
 """Heartbeats, or replies to them, that may wait; where more do, the oldest are worth nothing any more."""
 
 SMALL_BYTES = 4 << 10
-"""What is no larger rides along with the message before it, where the other side can tell them apart: the copy costs
-less than a message of its own."""
+JOINED_BYTES = 128 << 10
+"""What is no larger than the one rides along with the message before it, where the other side can tell them apart and
+all of it is no larger than the other: that copy, which is one receiver's own, costs less than a message of its own."""
 
 _RATE_WINDOW_S = 0.05
 _RATE_WEIGHT = 0.3
@@ -155,6 +156,8 @@ class Outbox:
             return payload
         others = []
         while self._data and isinstance(small := self._data[0][1], bytes) and len(small) <= SMALL_BYTES:
+            if self._writing + len(small) > JOINED_BYTES:
+                break
             others.append(small)
             self._data.popleft()
             self._writing += len(small)
@@ -184,6 +187,7 @@ class Outbox:
                 self.rate.note(len(payload), time.monotonic() - started)
                 self.queued_bytes -= self._writing
                 written(len(payload))
+                del payload  # or it would be kept until the next one, for each receiver its own
                 if not self._urgent and not self._data and not self._bulk and not self.closing:
                     drained()
             elif self.closing:

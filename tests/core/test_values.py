@@ -335,3 +335,34 @@ def test_no_warnings_on_extreme_values(kind: ValueType) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         round_trip(random_finite_bits(3000, 4), kind)
+
+
+def _bfloat16_at_once(values: np.ndarray) -> np.ndarray:
+    """Rounding of a whole array in single passes."""
+    bits = values.view(np.uint32)
+    halves = ((bits + ((bits >> 16) & 1) + np.uint32(0x7FFF)) >> 16).astype(np.uint16)
+    return np.where((halves & 0x7FFF) == 0x7F80, halves - 1, halves).astype("<u2")
+
+
+def _int8_at_once(values: np.ndarray) -> bytes:
+    """Run by run."""
+    out = []
+    for start in range(0, values.size, INT8_RUN):
+        run = values[start : start + INT8_RUN]
+        scale = np.minimum(np.abs(run).max() / np.float32(127), np.float32(float.fromhex("0x1.020406p+121")))
+        quotients = np.clip(np.rint(run / (scale if scale > 0 else np.float32(np.inf))), -127, 127)
+        out.append(np.float32(scale).tobytes() + quotients.astype(np.int8).tobytes())
+    return b"".join(out)
+
+
+@pytest.mark.parametrize("size", [32767, 32768, 32769, 65536 + 777])
+@pytest.mark.parametrize("where", [0, 32768, 65536])
+@pytest.mark.parametrize("odd", [3.4e38, -3.4028235e38, 1e-42, 1.2e-38, 0.0])
+def test_blocks_make_no_difference(size: int, where: int, odd: float) -> None:
+    """What is out of the ordinary in one block changes nothing in the others."""
+    values = np.random.default_rng(size).standard_normal(size).astype(np.float32)
+    values[where : where + 600] *= np.float32(1e-43) if abs(odd) < 1 else np.float32(1)
+    if where < size:
+        values[where] = odd
+    assert encode(values, ValueType.BFLOAT16) == _bfloat16_at_once(values).tobytes()
+    assert encode(values, ValueType.INT8) == _int8_at_once(values)

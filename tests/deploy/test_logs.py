@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from processes import DEADLINE_S, Process, Processes, status_of, wait_until
 
-from loscar_core.errors import ConnectError
+from loscar_core.errors import ConfigError, ConnectError
 
 SUPPORT = Path(__file__).parents[1] / "support"
 FIELDS = {"time", "level", "logger", "message", "role", "run_id", "worker"}
@@ -108,8 +108,17 @@ def test_automatic_is_text_on_a_terminal_and_json_elsewhere(processes: Processes
     assert [line["level"] for line in lines(elsewhere)] == ["warning", "error"]
 
 
-def test_text_is_the_default(processes: Processes) -> None:
-    worker = processes.loscar("worker", *NOWHERE, cwd=SUPPORT)
+def test_without_an_option_it_is_text_on_a_terminal_and_json_lines_otherwise(processes: Processes) -> None:
+    piped = processes.loscar("worker", *NOWHERE, cwd=SUPPORT, LOSCAR_LOG_FORMAT="")
+    assert piped.wait() == ConnectError.exit_code
+    assert json.loads(piped.err.splitlines()[-1])["exit_code"] == ConnectError.exit_code
+    wrong = processes.loscar("worker", *NOWHERE, cwd=SUPPORT, LOSCAR_LOG_FORMAT="yaml")
+    assert wrong.wait() == ConfigError.exit_code
+    assert "LOSCAR_LOG_FORMAT=yaml" in wrong.err
+
+
+def test_text(processes: Processes) -> None:
+    worker = processes.loscar("worker", *NOWHERE, cwd=SUPPORT, LOSCAR_LOG_FORMAT="text")
     assert worker.wait() == ConnectError.exit_code
     first, what, to_do = worker.err.splitlines()
     assert " no server at 127.0.0.1:1 yet (" in first

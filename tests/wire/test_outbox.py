@@ -7,7 +7,16 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 
 from loscar_core.errors import MalformedError
-from loscar_wire.outbox import MAX_MESSAGE_BYTES, MAX_URGENT, MIN_MESSAGE_BYTES, SMALL_BYTES, Later, Outbox, RateMeter
+from loscar_wire.outbox import (
+    JOINED_BYTES,
+    MAX_MESSAGE_BYTES,
+    MAX_URGENT,
+    MIN_MESSAGE_BYTES,
+    SMALL_BYTES,
+    Later,
+    Outbox,
+    RateMeter,
+)
 
 
 def _written(fill: Callable[[Outbox], None], *, close: bool = True) -> list[bytes]:
@@ -209,6 +218,21 @@ def test_small_messages_ride_along_with_the_one_before_them() -> None:
         outbox.put(b"c")
 
     assert _written(fill) == [large + b"+a+b", large, b"later+c"]
+
+
+def test_what_is_large_goes_out_as_it_is_shared_by_all() -> None:
+    large = bytes(JOINED_BYTES)
+
+    def fill(outbox: Outbox) -> None:
+        outbox.join = _join
+        outbox.put(large)
+        for _ in range(50):
+            outbox.put(bytes(SMALL_BYTES))
+
+    first, *others = _written(fill)
+    assert first is large
+    assert len(others) == 2, "31 and 19 of them at a time"
+    assert all(len(other) <= JOINED_BYTES + 50 for other in others)
 
 
 def test_a_heartbeat_takes_small_messages_with_it_in_their_order() -> None:

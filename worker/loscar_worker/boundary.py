@@ -161,6 +161,8 @@ class TrainingHalf:
         assert initial is not None
         if initial.vector is not None:
             self._view.load_vector(initial.vector)
+        elif self._view.wider:
+            self._view.load_vector(self._view.vector())  # everybody starts from the same values, which are float32
         self._view.load_statistics(initial.statistics)
 
     def begin(self) -> None:

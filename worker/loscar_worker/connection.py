@@ -320,18 +320,26 @@ class Connection:
             if data is grpc.aio.EOF:
                 await self._ended(call)
                 return
-            for message in await self._accept(call, decode_server_messages, data):
-                effects = await self._accept(call, self.engine.received, message)
-                welcome = self.engine.welcome
-                if welcome is not None and not welcomed:
-                    welcomed = True
-                    silence_s = welcome.lease_s
-                    self._note_welcome()
-                self.carry_out(effects)
-                for effect in effects:
-                    if isinstance(effect, Dismissed):
-                        self._dismissed(effect.goodbye)
-                        return
+            if await self._take(call, data, welcomed):
+                return
+            del done, read, data  # what came may be as large as the model
+            welcome = self.engine.welcome
+            if welcome is not None:
+                welcomed, silence_s = True, welcome.lease_s
+
+    async def _take(self, call: Any, data: bytes, welcomed: bool) -> bool:
+        """What came; whether the server has sent this worker away."""
+        for message in await self._accept(call, decode_server_messages, data):
+            effects = await self._accept(call, self.engine.received, message)
+            if self.engine.welcome is not None and not welcomed:
+                welcomed = True
+                self._note_welcome()
+            self.carry_out(effects)
+            for effect in effects:
+                if isinstance(effect, Dismissed):
+                    self._dismissed(effect.goodbye)
+                    return True
+        return False
 
     async def _accept(self, call: Any, take: Callable[[T], R], what: T) -> R:
         """What `take` makes of what the server said; if that is the run's end for this worker, the server is told."""

@@ -215,6 +215,11 @@ class ModelView:
         stream.synchronize()
         return moved
 
+    @property
+    def wider(self) -> bool:
+        """It holds values that float32 cannot."""
+        return any(storage.dtype is torch.float64 for storage in self.storages)
+
     def read(self, selected: Selected) -> list[Tensor]:
         """The selected values as float32 where they live, one tensor a piece."""
         self.check_unchanged()
@@ -282,7 +287,8 @@ class HostCopy:
     def values(self) -> Floats:
         """K float32 in the selection's order; waits for the device, so not for the training thread."""
         if len(self._copies) == 1 and self._copies[0][1] is None:
-            return self._copies[0][0].array()
+            array = self._copies[0][0].array()
+            return array.copy() if self._copies[0][0].event is not None else array  # pinned memory is not for keeping
         out = np.empty(self._size, np.float32)
         for copy, among in self._copies:
             assert among is not None

@@ -45,6 +45,10 @@ class ModelRange:
     def prepare(self, selected: Selected, values: Floats) -> list[Tensor]:
         return self._whole.prepare(selected, values)
 
+    @property
+    def wider(self) -> bool:
+        return self._whole.wider
+
     def read(self, selected: Selected) -> list[Tensor]:
         return self._whole.read(selected)
 

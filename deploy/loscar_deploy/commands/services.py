@@ -21,7 +21,9 @@ _MOST_THREADS = 4096
 _METRICS = "serve Prometheus metrics here; port 0 takes a free one"
 _DASHBOARD = "serve a page that shows the run here; port 0 takes a free one"
 _PAUSES = ("none", "term", "hup", "usr1")
-_LOG_FORMAT = "text, JSON lines, or auto: JSON lines where standard error is no terminal"
+_LOG_FORMAT = (
+    "text, JSON lines, or auto: JSON lines where standard error is no terminal (default: $LOSCAR_LOG_FORMAT, else auto)"
+)
 
 
 def _server(args: Namespace) -> int:
@@ -225,7 +227,7 @@ def declare(command: Declare) -> None:
     server.add_argument("--json", action="store_true", help="say where it listens as JSON")
     server.add_argument("--metrics", metavar="HOST:PORT", help=_METRICS)
     server.add_argument("--dashboard", metavar="HOST:PORT", help=_DASHBOARD)
-    server.add_argument("--log-format", default="text", choices=logs.FORMATS, help=_LOG_FORMAT)
+    server.add_argument("--log-format", choices=logs.FORMATS, help=_LOG_FORMAT)
     server.add_argument("--events", metavar="FILE", type=Path, help="append a JSON line for every event and round")
     server.add_argument(
         "--pause-on", default="none", choices=_PAUSES, help="a signal that stops the server and not its run"
@@ -268,7 +270,7 @@ def declare(command: Declare) -> None:
     worker.add_argument("--save-model", metavar="FILE", type=Path, help="write the model as this worker leaves with it")
     worker.add_argument("--save-last", metavar="FILE", type=Path, help="write its own, as it went into the final round")
     worker.add_argument("--metrics", metavar="HOST:PORT", help=_METRICS)
-    worker.add_argument("--log-format", default="text", choices=logs.FORMATS, help=_LOG_FORMAT)
+    worker.add_argument("--log-format", choices=logs.FORMATS, help=_LOG_FORMAT)
     worker.add_argument("--rounds-log", metavar="FILE", type=Path, help="write a JSON line here for every round")
     o.add_task(worker)
     o.add_client(worker)
