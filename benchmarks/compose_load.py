@@ -142,7 +142,7 @@ def train(engine: Engine, case: Case, rounds: int) -> dict[str, Any]:
         "seconds": end["elapsed_s"],
         "round_ms": {f"p{p}": round(float(np.percentile(times, p)), 1) for p in PERCENTILES},
         "payload_bytes_per_s": round((end["bytes_in"] + end["bytes_out"]) / end["elapsed_s"]),
-        "idle_shares": [round(r["idle_s"] / r["run_s"], 4) for r in reports],
+        "idle_shares": [round(r["idle_s"] / max(r["run_s"], 1e-9), 4) for r in reports],
         "steps": [r["steps"] for r in reports],
         "lost_connections": sum(e["event"] == "gone" and e["reason"] in AWAY for e in events),
         "accuracy": json.loads(tested.stdout.splitlines()[-1])["accuracy"],

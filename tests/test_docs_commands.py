@@ -402,6 +402,12 @@ ELSEWHERE = {
     ),
     r"sbatch ": "needs Slurm: tests/deploy/test_slurm.py runs the script with a stand-in",
     r"loscar run --on ": "needs a Ray cluster: tests/e2e/test_ray.py starts one",
+    r"\(umask 077; openssl rand|scp |python3 -m venv ~/loscar-venv|~/loscar-venv/|export PATH=~/loscar-venv/": (
+        "on three machines: tests/compose/test_three_machines.py makes them"
+    ),
+    r"loscar (certs .*--workers old,home,box|server .*--run-id three|\w+ --server HOST:50051 .*--token-file token)": (
+        "the same"
+    ),
     r"kubectl ": "needs a cluster: tests/deploy/test_kubernetes.py runs what the pods run",
 }
 """Of whole families of commands, by how they begin: why not, and where what matters is tried."""
