@@ -24,7 +24,7 @@ test: $(VENV)/dev.stamp $(PROTO_VENV)/stamp
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -m "not long" --numprocesses $(JOBS) --dist worksteal $(ARGS)
 
-# What `make test` leaves out, for its length: browsers, examples, frameworks, systemd and Slurm; some minutes.
+# What `make test` leaves out, for its length: a browser, Ray, systemd, Slurm, plans against real runs, pages' commands.
 test-long: $(VENV)/long.stamp
 	$(BIN)/python -m pytest -m long $(ARGS)
 

@@ -130,12 +130,14 @@ def main() -> int:
         turns.append(turn)
         print(turn, file=sys.stderr, flush=True)
     rows, cases = [], {}
-    taken = {name: statistics.median(turn[name] for turn in turns) for name in others}
+    done = {name: [turn for turn in turns if turn[name] is not None] for name in others}
+    taken = {name: statistics.median(turn[name] for turn in done[name]) for name in others if done[name]}
     for name in ("gloo", *TORCHFT.values()):
         if name not in taken:
-            rows.append([f"{name}, dense float32", "not installed", "", "", ""])
+            why = "failed" if name in others else "not installed"
+            rows.append([f"{name}, dense float32", why, "", "", ""])
             continue
-        to_gloo = statistics.median(turn["gloo"] / turn[name] for turn in turns)
+        to_gloo = statistics.median(turn["gloo"] / turn[name] for turn in done[name])
         rows.append([f"{name}, dense float32", f"{taken[name]:.1f}", "", "", f"{to_gloo:.2f}"])
     for name in CASES:
         own = statistics.median(turn[name][0] for turn in turns)

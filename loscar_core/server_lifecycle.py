@@ -8,7 +8,7 @@ import numpy as np
 
 from loscar_core.config import RunConfig, require_fit
 from loscar_core.effects import Close, MemberGone, Notice, Refused, RunStarted
-from loscar_core.errors import LoscarError, MalformedError
+from loscar_core.errors import ConfigError, LoscarError, MalformedError, RefusedError
 from loscar_core.messages import (
     OTHER_SERVERS,
     Goodbye,
@@ -281,7 +281,10 @@ class Lifecycle(Rounds):
             raise MalformedError(f"a state at {offer.position} that speaks of later rounds")
         assert self.layout is not None
         offer.config.count(self.layout.dimension)
-        require_fit(offer.config, self.limits)
+        try:
+            require_fit(offer.config, self.limits)
+        except ConfigError as error:  # this server's mistake: it must not cost the run the worker that holds it
+            raise RefusedError(f"this server cannot hold the run: {error}") from None
         transfer.offer = offer
 
     # --- endings --------------------------------------------------------------------------------------------

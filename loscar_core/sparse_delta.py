@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from loscar_core import plan as plan_module
 from loscar_core.errors import MalformedError
 from loscar_core.indices import IndexCoding, decode_indices, encode_indices
 from loscar_core.messages import Answer, Contribution
@@ -120,7 +121,9 @@ class SparsePart:
         if message.base != self._next:
             raise MalformedError(f"part {number}: indices from {message.base} on where {self._next} was next")
         count = value_count(self._kind, len(message.values))
-        if not min(1, self.total) <= count <= left:
+        # Nobody cuts finer: many small messages would take more memory than their values.
+        least = min(left, plan_module.CHUNK_ALIGNMENT) if self.total else 0
+        if not least <= count <= left:
             raise MalformedError(f"part {number}: a message of {count} values where {left} are missing")
         if not count:
             if message.indices:
@@ -134,7 +137,8 @@ class SparsePart:
         values = decode(message.values, self._kind, count, self._largest)
         found += self._next
         self._indices.append(found)
-        self._values.append(values)
+        # A view would keep the message, whatever else that holds, until the part is whole.
+        self._values.append(values if count == self.total else values.copy())
         self._begun = True
         self._next = int(found[-1]) + 1
         self.filled += count

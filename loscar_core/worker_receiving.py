@@ -205,6 +205,7 @@ class ReceivingExplicit(Receiving):
                     here = slice(own.start + piece.offset, own.start + piece.offset + piece.count)
                     decode_into(piece.values, kind, values[here])
                 pieces.append((part.index, piece))
+        exhausted = exhausted or not values.any()  # what is left is too small for the value type, and stays
         return Encoded(chosen, values, tuple(parts), pieces, exhausted)
 
     def sent_of(self, record: Record, mask: int) -> Floats | None:

@@ -8,6 +8,7 @@ test, and so does an entry that no page shows any more.
 from __future__ import annotations
 
 import re
+import shlex
 import signal
 import socket
 import sys
@@ -18,6 +19,8 @@ from pathlib import Path
 import pytest
 from pages import PAGES, ROOT, fences, shown_commands
 from processes import Process, Processes
+
+from loscar_deploy.cli import build_parser
 
 FOREGROUND_S = 200.0
 Changes = dict[str, str]
@@ -402,15 +405,28 @@ ELSEWHERE = {
     ),
     r"sbatch ": "needs Slurm: tests/deploy/test_slurm.py runs the script with a stand-in",
     r"loscar run --on ": "needs a Ray cluster: tests/e2e/test_ray.py starts one",
-    r"\(umask 077; openssl rand|scp |python3 -m venv ~/loscar-venv|~/loscar-venv/|export PATH=~/loscar-venv/": (
-        "on three machines: tests/compose/test_three_machines.py makes them"
-    ),
+    r"\(umask 077; openssl rand|scp ": "on three machines: tests/compose/test_three_machines.py makes them",
     r"loscar (certs .*--workers old,home,box|server .*--run-id three|\w+ --server HOST:50051 .*--token-file token)": (
-        "the same"
+        "the same, or one like it"
+    ),
+    r"python3 -m venv ~/loscar-venv|~/loscar-venv/|export PATH=~/loscar-venv/": (
+        "from a package index: tests/deploy/test_packaging.py installs what is built from here"
     ),
     r"kubectl ": "needs a cluster: tests/deploy/test_kubernetes.py runs what the pods run",
 }
 """Of whole families of commands, by how they begin: why not, and where what matters is tried."""
+
+
+def test_commands_that_are_tried_elsewhere_have_options_that_exist() -> None:
+    lines = {line for page in PAGES for line in shown_commands(page) if line.startswith("loscar ")}
+    lines = {line for line in lines if any(re.match(pattern, line) for pattern in ELSEWHERE)}
+    assert len(lines) > 10
+    for line in sorted(lines):
+        command = re.split(r" (?:[&|>]|2>|#)", line)[0]
+        try:
+            build_parser().parse_args(shlex.split(command)[1:])
+        except SystemExit:
+            pytest.fail(f"not a command of this program: {line}")
 
 
 def test_every_command_is_tried_or_says_why_not() -> None:

@@ -77,9 +77,12 @@ def make_certificates(folder: Path, hosts: list[str], workers: list[str], days: 
             written += _save(authority, ca, ca_key, made)
         for name, pair in pairs.items():
             written += _save(pair, *_signed(name, hosts if name == "server" else [], ca, ca_key, days), made)
-    except OSError as error:
+    except BaseException as error:
         for path in made:  # half of an authority would be in the way of the next attempt
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+        if not isinstance(error, OSError):
+            raise
         kind = SystemRefusedError if error.errno in (errno.ENOSPC, errno.EDQUOT) else ConfigError
         raise kind(f"certificates in {folder}: {error.strerror or error}") from None
     return written

@@ -64,7 +64,7 @@ class Children:
         """
         log.parent.mkdir(parents=True, exist_ok=True)
         environment = dict(os.environ, PYTHONUNBUFFERED="1", OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", "1"))
-        environment.setdefault(VARIABLE, "text")  # what they say is read by people, as part of what this command says
+        environment[VARIABLE] = "text"  # their last words become a part of what this command says
         with log.open("ab") as file:
             process = await asyncio.create_subprocess_exec(
                 sys.executable,

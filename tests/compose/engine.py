@@ -240,7 +240,11 @@ def remove_namespace(space: str) -> None:
 def is_forsaken(name: str) -> bool:
     """Whether a container or project is of these tests, and its process has ended."""
     found = re.match(rf"{PROJECTS}(\d+)x", name)
-    return found is not None and not (name_of_process(int(found[1])) or "").startswith(("python", "pytest"))
+    if found is None or name.startswith(f"{PROJECTS}{os.getpid()}x{_SESSION}"):
+        return False
+    if int(found[1]) == os.getpid():
+        return True  # of another process that had this one's number
+    return not (name_of_process(int(found[1])) or "").startswith(("python", "pytest"))
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ import yaml
 from engine import ROOT, Engine
 from stack import Stack
 
-pytestmark = pytest.mark.timeout(300, method="signal")
+pytestmark = pytest.mark.timeout(1800, method="signal")
 
 OVERLAYS = ("tls", "links", "monitoring", "standby", "shards")
 JOINTS = {frozenset(("tls", "standby")): "standby.tls", frozenset(("tls", "shards")): "shards.tls"}

@@ -103,7 +103,7 @@ def test_unequal_limits_give_unequal_steps_and_nobody_idles(stack: Stack) -> Non
     assert [inspect(stack.container(service))["HostConfig"]["NanoCpus"] for service in SERVICES] == [6e8, 3e8, 1.5e8]
     periods, throttled = throttling(stack, fastest)
     try:
-        after = stack.status_when(unequal, "unequal numbers of steps", deadline_s=90)
+        after = stack.status_when(unequal, "unequal numbers of steps")
     except AssertionError:
         all_periods, all_throttled = throttling(stack, fastest)
         if all_throttled - throttled < (all_periods - periods) / 2:
@@ -128,7 +128,7 @@ def test_a_killed_worker_is_started_again_and_goes_on(stack: Stack) -> None:
     wait_until(lambda: f"states/{name}.state" in _listed(stack), "its state is saved")
     restarts = inspect(container)["RestartCount"]
     kill_process(container)
-    wait_until(lambda: inspect(container)["RestartCount"] == restarts + 1, "the engine starts it again")
+    wait_until(lambda: inspect(container)["RestartCount"] > restarts, "the engine starts it again")
     wait_until(lambda: "goes on from" in stack.logs(container), "it resumes")
     assert name_of(container) == name
     contributes_again(stack, name)
@@ -204,9 +204,10 @@ def test_a_killed_server_is_started_again_and_the_run_goes_on(stack: Stack) -> N
     before = everybody(stack)
     server = stack.container("server")
     wait_until(lambda: "state-" in stack.execute(server, "ls", "/var/lib/loscar/checkpoints").stdout, "a checkpoint")
+    restarts = inspect(server)["RestartCount"]
     kill_process(server)
     after = stack.status_when(lambda s: s["epoch"] > before["epoch"] and s["phase"] == "running", "a new epoch")
-    assert inspect(server)["RestartCount"] == 1
+    assert inspect(server)["RestartCount"] > restarts
     assert after["run_id"] == before["run_id"]
     assert after["round"] >= before["round"], "the run was begun anew"
     everybody(stack)

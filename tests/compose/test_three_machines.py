@@ -140,7 +140,13 @@ def test_the_commands_of_the_page(walk: tuple[Walk, Machines]) -> None:
     asked = machines.run("hub", f'{sys.executable} -c "{reach}"', {})
     assert "unreachable" in asked.stderr, "the server could have connected to home"
 
-    wait_until(lambda: (s := steps.status()) is not None and s["round"] >= 40, "some rounds", PATIENCE_S)
+    def trained() -> bool:
+        status = steps.status()
+        return (
+            status is not None and status["round"] >= 40 and sum(m["report"]["steps"] for m in status["members"]) > 9000
+        )
+
+    wait_until(trained, "some rounds of some steps", PATIENCE_S)
     assert steps.healthy()
     block()  # look, fetch and evaluate at home
     status_text, _, evaluated = said["home"][-3:]

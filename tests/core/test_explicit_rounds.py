@@ -13,21 +13,29 @@ from cluster import Cluster, SimWorker
 from desk import Desk
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_begun_anew import after, claimed
 
 from loscar_core import plan as plan_module
 from loscar_core.config import RunConfig, ServerLimits, require_fit
-from loscar_core.errors import ConfigError, LoscarError, MalformedError, NonFiniteError, WrongSelectionError
+from loscar_core.errors import (
+    ConfigError,
+    LoscarError,
+    MalformedError,
+    NonFiniteError,
+    RefusedError,
+    WrongSelectionError,
+)
 from loscar_core.indices import IndexCoding, encode_indices
 from loscar_core.merge import MergeKind
-from loscar_core.messages import Answer, CatchUp, Commit, Contribution
+from loscar_core.messages import Answer, CatchUp, Commit, Contribution, Purpose, SendState, StateOffer
 from loscar_core.methods import METHODS, parse_method, settle
-from loscar_core.plan import RoundKind, RoundPlan, missed_coordinates, plan_round
+from loscar_core.plan import Part, RoundKind, RoundPlan, missed_coordinates, plan_round
 from loscar_core.replica import checksum_of
 from loscar_core.robust import Aggregate
 from loscar_core.selection import SelectionKind
 from loscar_core.server_explicit import ExplicitRound
 from loscar_core.server_machine import ServerMachine
-from loscar_core.sparse_delta import CODING
+from loscar_core.sparse_delta import CODING, SparsePart
 from loscar_core.state import bits
 from loscar_core.values import ValueType, decode, encode
 from loscar_core.worker_engine import WorkerEngine
@@ -559,3 +567,65 @@ def test_a_worker_s_state_whose_coordinates_make_no_sense_is_refused(parts: list
     with pytest.raises(MalformedError):
         import_worker(engine, values, arrays | {"where_0": arrays["where_0"][::-1].copy()})
     import_worker(engine, values, arrays)
+
+
+def test_a_message_is_not_kept_for_the_few_values_that_it_brought(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan_module, "CHUNK_ALIGNMENT", 2)
+    part = Part(0, 0, 16)
+    padded = bytearray(1 << 16)
+    values = np.array([1.0, 2.0], "<f4")
+    padded[100:108] = values.tobytes()
+    found = SparsePart(part, ValueType.FLOAT32, 4)
+    for offset in (0, 2):
+        indices = encode_indices(np.array([0, 1]), 16 - offset, CODING)
+        found.add(Answer(1, 0, offset, memoryview(bytes(padded))[100:108], b"", indices, found._next, CODING, 4))
+    assert all(piece.base is None for piece in found._values), "a view keeps the whole message"
+    assert found.joined()[1].tolist() == [1.0, 2.0, 1.0, 2.0]
+
+
+def test_messages_that_nobody_cuts_so_small_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan_module, "CHUNK_ALIGNMENT", 2)
+    found = SparsePart(Part(0, 0, 16), ValueType.FLOAT32, 3)
+    one = np.ones(1, np.float32).tobytes()
+    with pytest.raises(MalformedError, match="a message of 1 values where 3 are missing"):
+        found.add(Answer(1, 0, 0, one, b"", encode_indices(np.array([0]), 16, CODING), 0, CODING, 3))
+    assert found.filled == 0
+
+
+@pytest.mark.parametrize("kind", ValueType)
+def test_who_parts_comes_to_an_end_with_every_value_type(kind: ValueType) -> None:
+    """Progress over twelve decades: at last only what the type takes for zero is left, and that is said."""
+    rng = np.random.default_rng(3)
+    left = (rng.normal(size=D) * 10.0 ** rng.uniform(-12, 0, D)).astype(np.float32)
+    plan = RoundPlan(1, RoundKind.TRAIN, SelectionKind.TOPK, K, kind)
+    for _ in range(60):
+        encoded = receiving_of(plan, 1, D, 0).encode(left.copy(), np.empty(0, np.float32), 1 << 18)
+        if encoded.exhausted:
+            break
+        left[encoded.where] -= encoded.sent
+    assert encoded.exhausted
+    assert np.abs(left).max() < 1e-4
+
+
+def test_a_server_that_cannot_hold_the_run_does_not_cost_it_its_workers() -> None:
+    """Its operator has given it another aggregate: the worker is turned away, and may come back to a better one."""
+    held = claimed(after(5, 1, 2, 3, value=1.0))
+    desk = Desk(limits={"aggregate": Aggregate.MEDIAN})
+    desk.hello(1, "w1", **held)
+    desk.tick(desk.now + desk.machine.limits.recover_after_s)
+    assert desk.last(1, SendState) == SendState(Purpose.ANCHOR)
+    offer = StateOffer(
+        position=held["position"],
+        digest=held["digest"],
+        lineage=held["lineage"],
+        inclusion={},
+        recent=held["recent"],
+        members=held["members"],
+        config=RunConfig(**TOPK | {"coordinates": 3}),
+        elapsed_s=1.0,
+    )
+    desk.send(1, offer)
+    error = desk.error(1)
+    assert isinstance(error, RefusedError)
+    assert error.retriable
+    assert "median with selection topk" in str(error)

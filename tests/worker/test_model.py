@@ -244,3 +244,22 @@ def test_every_way_to_reach_coordinates_reaches_the_same(
     assert np.array_equal(copied.values(), plain[at]), "what was copied out has changed with the model"
     view.write(selected, view.prepare(selected, plain[at]))
     assert np.array_equal(view.vector(), plain)
+
+
+def test_ranges_of_several_storages_are_ranges_of_each_and_remembered(module: Mixed) -> None:
+    """A round that may choose anything opens on all of the model: that must cost no pass over it each time."""
+    view = ModelView(module)
+    size = view.layout.dimension
+    whole = plain_vector(module).numpy()
+    for start in range(0, size, 3):
+        for stop in range(start + 1, size + 1, 5):
+            selected = view.select(range(start, stop))
+            assert all(isinstance(where, slice) for _, where, _ in selected.pieces)
+            assert view.gather(selected).values().tolist() == whole[start:stop].tolist()
+            by_index = view.select(np.arange(start, stop))
+            assert view.gather(by_index).values().tolist() == whole[start:stop].tolist()
+    assert view.select(None) is view.select(range(size))
+    changed = np.arange(size, dtype=np.float32)
+    view.load_vector(changed)
+    assert view.vector().tolist() == changed.tolist()
+    assert len(view._ranges) <= model.MOST_RANGES

@@ -29,6 +29,9 @@ FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 RUN = BLOCK_SIZE
 """Coordinates that selections by block take together."""
 
+MOST_RANGES = 4
+"""Ranges of a model of several storages that are remembered; each takes 8 bytes a coordinate."""
+
 PASS = 1 << 15
 """Coordinates that are merged at a time where the model is in the host's memory: what has been read is still in the
 cache when it is written."""
@@ -98,6 +101,7 @@ class ModelView:
             tuple(_segment(b.name, b.tensor) for b in self._statistics),
             _frozen_checksum(module, {b.name for b in self._statistics}),
         )
+        self._ranges: dict[tuple[int, int], Selected] = {}
         self._copy_streams: dict[torch.device, torch.cuda.Stream] = {}
         self._flatten()
 
@@ -142,7 +146,9 @@ class ModelView:
             if isinstance(span, range):
                 return Selected(len(span), ((0, slice(span.start, span.stop), None),))
             return Selected(span.size, self._in_runs(span) or ((0, self._to_device(span, self._device), None),))
-        logical = np.arange(span.start, span.stop) if isinstance(span, range) else span
+        if isinstance(span, range):
+            return self._select_range(span)
+        logical = span
         segment = np.searchsorted(self._starts, logical, side="right") - 1
         storage_of = self._segment_storage[segment]
         local = logical + self._segment_shift[segment]
@@ -153,6 +159,26 @@ class ModelView:
                 where = self._to_device(local[among], storage.device)
                 pieces.append((number, where, torch.from_numpy(among)))
         return Selected(logical.size, tuple(pieces))
+
+    def _select_range(self, span: range) -> Selected:
+        """Of several storages; remembered, since rounds may ask for the same range each time."""
+        known = self._ranges.get((span.start, span.stop))
+        if known is not None:
+            return known
+        logical = np.arange(span.start, span.stop)
+        segment = np.searchsorted(self._starts, logical, side="right") - 1
+        storage_of = self._segment_storage[segment]
+        pieces: list[tuple[int, Where, Tensor | slice | None]] = []
+        for number in range(len(self.storages)):
+            among = np.flatnonzero(storage_of == number)
+            if among.size:
+                # Within a storage the order is that of the model, so what a range has of it is a range too.
+                first, last = (int(logical[i] + self._segment_shift[segment[i]]) for i in (among[0], among[-1]))
+                pieces.append((number, slice(first, last + 1), torch.from_numpy(among)))
+        if len(self._ranges) >= MOST_RANGES:
+            self._ranges.clear()
+        selected = self._ranges[span.start, span.stop] = Selected(len(span), tuple(pieces))
+        return selected
 
     @property
     def _device(self) -> torch.device:

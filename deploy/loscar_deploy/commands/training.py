@@ -144,6 +144,8 @@ def _default_slowdown(args: Namespace, workers: int) -> str:
 
 def _run(args: Namespace) -> int:
     with ended_at_once():
+        import uvloop  # noqa: F401 - what runs on it has more to clean up
+
         from loscar_deploy.run import execute
         from loscar_deploy.writers import check as check_writers
 
@@ -156,8 +158,7 @@ def _run(args: Namespace) -> int:
     if args.download:
         download(args)
     if on_ray is None:
-        with ended_at_once():  # until the run has handlers of its own
-            summary = execute(plan)
+        summary = execute(plan)
     else:
         from loscar_deploy.ray_run import execute_on_ray
 
