@@ -638,9 +638,10 @@ def test_without_an_intact_checkpoint_the_workers_have_the_last_word(processes: 
     first.wait()
     held = worker.session.engine.anchor.position.round
     anew = processes.server(*FLAGS, *saving, wait=False)
-    other_run = processes.server(*FLAGS, *saving, "--resume", "--run-id", "yours", wait=False)
     assert anew.wait() == 3
     assert "go on with --resume, or name another folder" in anew.err
+    # Not before the other one has ended: it uses the folder for a moment.
+    other_run = processes.server(*FLAGS, *saving, "--resume", "--run-id", "yours", wait=False)
     assert other_run.wait() == 7
     assert f"the checkpoint is of run {first.run_id}" in other_run.err
 
