@@ -251,9 +251,13 @@ class LocalRun:
         self._folder.append_metrics(record)
         if self._writers:
             self._writers.record(record)
-            for line in self._folder.read_evaluations()[self._told_evaluations :]:
-                self._told_evaluations += 1
-                self._writers.evaluation(line)
+            self.tell_evaluations()
+
+    def tell_evaluations(self) -> None:
+        """Hand new evaluations to the writers; the last ones come after the last of the rounds."""
+        for line in self._folder.read_evaluations()[self._told_evaluations :]:
+            self._told_evaluations += 1
+            self._writers.evaluation(line)
 
     async def _why_unreachable(self, error: ConnectError) -> LoscarError:
         """What to say when a call to the server fails: it may have died, or been killed by the second Ctrl+C."""
@@ -454,6 +458,7 @@ def _execute(run: LocalRun, plan: RunPlan, folder: RunFolder, progress: Progress
     with _draining(run, progress):
         summary.update(evaluate_model(folder.model, args.task, args.data_dir))
         folder.write_summary(summary)
+        run.tell_evaluations()
         writers.result(summary)
     return summary
 
