@@ -5,16 +5,17 @@ All of them share one stack: a server and three workers, each of which may use h
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from engine import call, wait_until
+from engine import call, new_name, wait_until
 from stack import Stack, address_of, inspect, kill_process, member, name_of, packet_rules
 
 pytestmark = pytest.mark.timeout(1500, method="signal")
@@ -168,14 +169,12 @@ def test_a_partition_of_ten_seconds(stack: Stack) -> None:
     assert inspect(worker)["RestartCount"] == 0, "it was another process that came back"
 
 
-def test_a_delay_below_tcp(stack: Stack) -> None:
-    """Packets that leave a worker are held for 50 ms by a program outside of the containers."""
+@contextlib.contextmanager
+def held_back(stack: Stack, container: str) -> Iterator[None]:
+    """Packets that leave the container are held for 50 ms by a program outside of the containers."""
     delays = stack.engine.delays
     if delays is None:
         pytest.skip("no program that delays packets is beside the project")
-    container = stack.container("worker-slow")
-    name = name_of(container)
-    everybody(stack)
     program = subprocess.Popen(
         [sys.executable, str(delays), str(QUEUE), str(DELAY_MS)],
         stdout=subprocess.PIPE,
@@ -189,15 +188,52 @@ def test_a_delay_below_tcp(stack: Stack) -> None:
             pytest.skip(f"this kernel hands no packets to programs: {program.stderr.read().strip()[-200:]}")
         rule = ("-s", address_of(container), "-j", "NFQUEUE", "--queue-num", str(QUEUE), "--queue-bypass")
         with packet_rules(rule):
-            asked = stack.execute(container, "loscar", "doctor", "--server", "server:50051", "--json")
-            [answer] = [f["text"] for f in json.loads(asked.stdout) if f["check"] == "server"]
-            took = re.search(r"answered in (\d+) ms", answer)
-            assert took is not None, answer
-            assert int(took[1]) >= DELAY_MS, answer
-            contributes_again(stack, name)
+            yield
     finally:
         program.kill()
         program.communicate()
+
+
+def answered_in_ms(stack: Stack, container: str) -> int:
+    """How long the server takes to answer there, with the way."""
+    asked = stack.execute(container, "loscar", "doctor", "--server", "server:50051", "--json")
+    [answer] = [f["text"] for f in json.loads(asked.stdout) if f["check"] == "server"]
+    took = re.search(r"answered in (\d+) ms", answer)
+    assert took is not None, answer
+    return int(took[1])
+
+
+def test_a_delay_below_tcp(stack: Stack) -> None:
+    container = stack.container("worker-slow")
+    name = name_of(container)
+    everybody(stack)
+    with held_back(stack, container):
+        assert answered_in_ms(stack, container) >= DELAY_MS
+        contributes_again(stack, name)
+
+
+def test_two_networks_that_are_50_ms_apart(stack: Stack) -> None:
+    """As between two hosts: a worker that shares no network with the others reaches the server over another one."""
+    container, server = stack.container("worker-slow"), stack.container("server")
+    name, far = name_of(container), new_name()
+    everybody(stack)
+    [near] = inspect(container)["NetworkSettings"]["Networks"]
+    call("docker", "network", "create", far)
+    try:
+        call("docker", "network", "connect", "--alias", "server", far, server)
+        call("docker", "network", "connect", far, container)
+        call("docker", "network", "disconnect", near, container)
+        with held_back(stack, container):
+            contributes_again(stack, name)
+            assert answered_in_ms(stack, container) >= DELAY_MS
+            assert address_of(stack.container("worker")) != address_of(container)
+    finally:
+        call("docker", "network", "connect", near, container, check=False)
+        for moved in (container, server):
+            call("docker", "network", "disconnect", "--force", far, moved, check=False)
+        call("docker", "network", "rm", far, check=False)
+    contributes_again(stack, name)
+    everybody(stack)
 
 
 def test_a_killed_server_is_started_again_and_the_run_goes_on(stack: Stack) -> None:

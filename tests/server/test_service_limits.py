@@ -81,8 +81,9 @@ def _the_run_goes_on(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def channel_of(server: Server) -> grpc.Channel:
-    """A connection of its own."""
-    return grpc.insecure_channel(server.address, [("grpc.use_local_subchannel_pool", 1)])
+    """A connection of its own, that takes 64 KiB from who is not read: the window does not grow with the network."""
+    options = [("grpc.use_local_subchannel_pool", 1), ("grpc.http2.bdp_probe", 0)]
+    return grpc.insecure_channel(server.address, options)
 
 
 # --- who says nothing ---------------------------------------------------------------------------------------
