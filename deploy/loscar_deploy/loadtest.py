@@ -34,6 +34,7 @@ from loscar_core.selection import SelectionKind
 from loscar_core.worker_effects import ProgressWanted, RoundOpen, RunEnded, Update, WorkerEffect
 from loscar_core.worker_engine import WorkerEngine
 from loscar_core.worker_holdings import MESSAGE_BYTES
+from loscar_core.worker_ledger import Ledger
 from loscar_deploy.children import Child, Children
 from loscar_deploy.link import LinkFarm
 from loscar_deploy.link_spec import LinkSpec
@@ -119,6 +120,14 @@ class ZeroReplica(Replica):
             self.vector = vector
 
 
+class ZeroLedger(Ledger):
+    """Of contributions that are all zeros: there is nothing in them to be taken back, for which a vector of the model's
+    size would be needed."""
+
+    def forget(self, round_: int, *_: Any) -> None:
+        self.forget_before(round_, young=False)
+
+
 class SyntheticWorker:
     """One of the workers; runs until the run is over or enough rounds are measured.
 
@@ -134,6 +143,7 @@ class SyntheticWorker:
         name = f"load-{os.getpid()}-{number}"
         self._engine = WorkerEngine(name, os.urandom(16), layout, np.zeros(1, np.float32), NOTHING)
         self._engine.anchor = ZeroReplica.of(plan.dimension, test.digest)
+        self._engine.ledger = ZeroLedger()
         self._opened = (0, 0.0)
         self._connection: Connection | None = None
         self._later: asyncio.TimerHandle | None = None
